@@ -1,0 +1,103 @@
+"""The default run and the same run as plain GRPO, seed by seed: accuracy, entropy, wall time, as a table.
+
+    python bench/bench_default.py                      # 3 seeds x 2 arms, one after the other; about half an hour on 2 cores
+    python bench/bench_default.py --figure docs/default.png      # draw what has been measured (pip install matplotlib)
+
+Each finished run adds one line to bench/results/default.jsonl; runs that are there already are not repeated. Remove the file to
+measure anew.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "default.jsonl"
+ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    import accelerate
+    import torch
+    import transformers
+    return (f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, accelerate {accelerate.__version__}")
+
+
+def measure(arm: str, seed: int) -> dict:
+    """One whole `python train.py`, timed from outside, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--name", "run", *ARMS[arm]], cwd=folder, check=True)
+        seconds = time.time() - start
+        rows = [json.loads(line) for line in open(Path(folder) / "runs" / "run" / "metrics.jsonl")]
+    steps = rows[1:]
+    return {"arm": arm, "seed": seed, "machine": machine(), "steps": len(steps), "minutes": round(seconds / 60, 2),
+            "plain": {r["step"]: r["eval_plain"] for r in rows if "eval_plain" in r}, "hinted": [rows[0]["eval_hinted"], rows[-1]["eval_hinted"]],
+            "entropy": [steps[0]["entropy"], steps[-1]["entropy"]], "entropies": [round(r["entropy"], 4) for r in steps],
+            "length": [steps[0]["length"], steps[-1]["length"]], "skipped": steps[-1]["skipped_steps"]}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, one line a run."""
+    lines = [f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, greedy.", "",
+             "| arm | seed | accuracy before, % | after, % | with hint after, % | entropy first -> last step | minutes |",
+             "|---|---|---|---|---|---|---|"]
+    for r in sorted(rows, key=lambda r: (list(ARMS).index(r["arm"]), r["seed"])):
+        plain = list(r["plain"].values())
+        lines.append(f"| {r['arm']} | {r['seed']} | {100 * plain[0]:.1f} | {100 * plain[-1]:.1f} | {100 * r['hinted'][1]:.1f} | "
+                     f"{r['entropy'][0]:.2f} -> {r['entropy'][1]:.2f} | {r['minutes']:.1f} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Accuracy over steps, a line a run."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--figure needs matplotlib: python -m pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for arm, colour in zip(ARMS, ("#1f6fb4", "#c4552d")):
+        for n, r in enumerate(r for r in rows if r["arm"] == arm):
+            steps, values = zip(*((int(s), 100 * v) for s, v in r["plain"].items()))
+            axes.plot(steps, values, color=colour, marker="o", markersize=3.5, alpha=0.85, label=arm if n == 0 else None)
+    axes.set(xlabel="optimizer step", ylabel="held-out accuracy, %", ylim=(0, 100),
+             title="Plain questions, no hint: the tutored student learns where to look")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, loc="upper left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
+    parser.add_argument("--figure", type=Path, help="draw the measured runs into this PNG and stop")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if args.figure:
+        draw(rows, args.figure)
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    for seed in range(args.seeds):
+        for arm in ARMS:
+            if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
+                rows.append(measure(arm, seed))
+                with open(RESULTS, "a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""ptdpo.py: advantages, routing, denominators and the loss, against numbers worked out by hand."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, ptdpo_loss, route
+
+
+def test_advantages_by_hand():
+    adv = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64))
+    np.testing.assert_allclose(adv[0].numpy(), [1.5, -0.5, -0.5, -0.5], rtol=1e-5)     # mean 1/4, unbiased std 1/2
+    assert torch.equal(adv[1], torch.zeros(4, dtype=torch.float64))                   # exactly: nothing to learn from
+    with pytest.raises(ValueError, match="group size >= 2"):
+        group_advantages(torch.zeros(3, 1))
+
+
+CORRECT = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+HINT = torch.tensor([True, True, True, False])
+
+
+def test_failed_responses_of_groups_with_a_failure_and_a_hint_are_tutored():
+    r = route(CORRECT, HINT, tau=1.0)
+    assert r.tutored.tolist() == [[True] * 4, [False, True, False, False], [False] * 4, [False] * 4]
+    assert r.kl[:, 0].tolist() == [False, False, True, True] and (r.kl == r.kl[:, :1]).all()
+
+
+def test_tau_and_lam():
+    assert route(CORRECT, HINT, tau=0.2).tutored.any(1).tolist() == [True, False, False, False]
+    assert route(CORRECT, HINT, tau=0.75).tutored.any(1).tolist() == [True, False, False, False]      # below tau, not at it
+    off = route(CORRECT, HINT, tau=1.0, lam=0.0)
+    assert not off.tutored.any() and off.kl.all()
+
+
+def test_counts():
+    lengths = torch.arange(1, 17).view(4, 4)
+    assert count_tokens(lengths, route(CORRECT, HINT)).tolist() == [136, 1 + 2 + 3 + 4 + 6, 9 + 10 + 11 + 12 + 13 + 14 + 15 + 16]
+
+
+def batch(seed=0, b=6, t=5):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+    lengths = torch.randint(1, t + 1, (b,), generator=g)
+    mask = torch.arange(t) < lengths.unsqueeze(1)
+    tutored = torch.tensor([True, False, True, False, False, False])
+    kl = torch.tensor([False, False, False, True, True, False])
+    return dict(logp=-rand(b, t), old_logp=-rand(b, t), advantages=rand(b) - 0.5, mask=mask, jsd=rand(b, t), tutored=tutored,
+                ref_logp=-rand(b, t), kl=kl), count_tokens(lengths, Route(tutored, kl))
+
+
+def test_loss_by_a_loop_over_tokens():
+    x, counts = batch()
+    cfg = PTDPOConfig(lam=0.5, beta_kl=0.1)
+    pg = kl = tutor = 0.0
+    for b in range(6):
+        for t in range(5):
+            if x["mask"][b, t]:
+                w, a = math.exp(x["logp"][b, t] - x["old_logp"][b, t]), x["advantages"][b].item()
+                term = min(w * a, min(max(w, 0.8), 1.3) * a)
+                pg -= max(term, 3 * a) if a < 0 else term
+                d = (x["ref_logp"][b, t] - x["logp"][b, t]).item()
+                kl += (math.exp(d) - 1 - d) if x["kl"][b] else 0.0
+                tutor += x["jsd"][b, t].item() if x["tutored"][b] else 0.0
+    loss, parts = ptdpo_loss(cfg, counts=counts, **x)
+    n = counts.tolist()
+    assert abs(loss.item() - (pg / n[0] + 0.5 * tutor / n[1] + 0.1 * kl / n[2])) < 1e-12
+    assert abs(parts["tutor_loss"].item() - tutor / n[1]) < 1e-12 and abs(parts["kl"].item() - kl / n[2]) < 1e-12
+
+
+@pytest.mark.parametrize("cuts", [[1, 2, 3], [5, 1], [1] * 6])
+def test_micro_batches_add_up(cuts):
+    x, counts = batch(seed=4)
+    cfg = PTDPOConfig(lam=2.0)
+    whole = ptdpo_loss(cfg, counts=counts, **x)[0]
+    parts, start = 0.0, 0
+    for cut in cuts:                            # some of the pieces hold nobody to tutor
+        parts += ptdpo_loss(cfg, counts=counts, **{k: v[start:start + cut] for k, v in x.items()})[0]
+        start += cut
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_fillers_outside_the_mask_do_not_reach_the_gradient():
+    x, counts = batch(seed=2)
+    outside = ~(x["mask"] & x["kl"].unsqueeze(1))
+    x["ref_logp"] = torch.where(outside, torch.full_like(x["ref_logp"], 1e4), x["ref_logp"])     # exp overflows
+    x["logp"].requires_grad_()
+    ptdpo_loss(PTDPOConfig(), counts=counts, **x)[0].backward()
+    assert torch.isfinite(x["logp"].grad).all() and (x["logp"].grad[~x["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [dict(tau=0.0), dict(tau=1.1), dict(k=0), dict(lam=-1.0), dict(beta_kl=-0.1), dict(dual_clip=1.0)])
+def test_config_names_the_option(bad):
+    with pytest.raises(ValueError, match="--" + next(iter(bad)).replace("_", "-")):
+        PTDPOConfig(**bad)

@@ -1,0 +1,254 @@
+"""train.py: what it refuses, what a run leaves behind, and that its gradient is the method's."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from two_processes import make_trainer, make_work
+
+import train
+from hints import Hint
+from losses import topk_jsd
+from ptdpo import PTDPOConfig
+from rollout import encode_prompts, load_processor, plain_messages
+from toy import world
+
+
+# ----------------------------------------------------------------------------------------------------------- the command line
+@pytest.mark.parametrize("argv,message", [
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"), (["--model", "no/such/folder"], "no such folder"),
+    (["--model", "./nowhere"], "no such folder"), (["--group-size", "1"], "--group-size must be at least 2"),
+    (["--tau", "0"], "--tau must be in (0, 1]"), (["--tau", "1.5"], "--tau must be in (0, 1]"), (["--k", "0"], "--k must be >= 1"),
+    (["--steps", "many"], "invalid int value"), (["--lr", "0"], "--lr must be above 0"), (["--name", "a/b"], "plain folder name"),
+    (["--data", "gone.jsonl"], "gone.jsonl: no such file"), (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
+    (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"), (["--name", "taken"], "exists already"),
+    (["--seed", "400"], "--seed must be at most 399")])
+def test_bad_input_is_one_clear_line_before_a_model_is_loaded(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "bad.jsonl").write_text('{"question": "a?", "answer": "1"}\n{"question": "a?"}\n')
+    (tmp_path / "image.jsonl").write_text('{"question": "a?", "answer": "1", "image": "none.png"}\n')
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+
+
+def test_a_model_without_vision_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(tmp_path)])
+    assert "is a gpt2 model; supported: qwen2_vl" in capsys.readouterr().err
+
+
+def test_toy_values_are_for_the_embedded_model_only(tmp_path):
+    cfg, method, _ = train.parse_args([])
+    assert (cfg.lr, method.lam) == (train.TrainConfig.__dataclass_fields__["lr"].metadata["toy"], 10.0)
+    cfg, method, _ = train.parse_args(["--model", "Qwen/Qwen2-VL-2B-Instruct"])
+    assert (cfg.lr, cfg.questions, cfg.max_new_tokens, method.lam, method.k, method.tau) == (1e-6, 128, 4096, 0.05, 100, 1.0)
+    cfg, method, _ = train.parse_args(["--lam", "0", "--lr", "0.25"])
+    assert (cfg.lr, method.lam) == (0.25, 0.0)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100 and all(train.flag(f) in text for f in train.TrainConfig.__dataclass_fields__)
+
+
+def test_spoiling_hints_are_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": "How many?", "answer": "7", "hint": h} for h in ("count to 7", "count the left ones")] + [{"question": "b?", "answer": "1"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions, _, note, _ = train.read_inputs(train.TrainConfig(data="d.jsonl", name="x", eval_questions=1), 1)
+    assert [s.hint for s in questions.samples] == [None, Hint(steps=("count the left ones",)), None]
+    assert "3 from d.jsonl; 1 with a hint, 1 hints dropped as spoilers (first: d-1)" in note
+
+
+def test_data_is_shuffled_anew_each_epoch_and_nothing_is_left_out():
+    samples = [str(i) for i in range(7)]
+    stream = train.Questions(samples, seed=3)
+    epochs = [[stream[i] for i in range(7 * e, 7 * e + 7)] for e in range(3)]
+    assert all(sorted(e) == samples for e in epochs) and epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------ a whole run
+TINY = ["--steps", "2", "--questions", "2", "--group-size", "4", "--eval-questions", "6", "--eval-every", "1"]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(train, "sample_groups", lambda model, processor, samples, prompts, n, **kw: (
+        seen.append((n, [processor.tokenizer.decode(p.ids) for p in prompts])), REAL_SAMPLE(model, processor, samples, prompts, n, **kw))[1])
+    train.main([*TINY, "--name", "t"])
+    run = tmp_path / "runs" / "t"
+    config = json.loads((run / "config.json").read_text())
+    assert config["steps"] == 2 and config["lam"] == 10.0 and config["tau"] == 1.0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [0, 1, 2] and "eval_plain" in metrics[1] and "eval_hinted" in metrics[2]
+    assert {"reward", "accuracy", "entropy", "all_failed", "tutor_loss", "kl", "grad_norm", "ratio_max", "truncated"} <= set(metrics[1])
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and len(rows[0]["responses"]) == 4 and set(rows[0]["hint"]) == {"look", "ignore", "steps"}
+    # the student never reads the hint: neither while sampling nor in an evaluation that is called plain
+    assert all("Hint" not in text for n, texts in seen if n == 4 for text in texts)
+    assert [any("Hint" in t for t in texts) for n, texts in seen if n == 1] == [False, True, False, False, True]
+    from transformers import AutoModelForImageTextToText
+    model, processor = AutoModelForImageTextToText.from_pretrained(run / "model"), load_processor(str(run / "model"))
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration" and processor.chat_template
+    out = capsys.readouterr().out
+    assert "accuracy, plain prompt" in out and "runs/t/" in out
+    before = sorted(run.rglob("*"))
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--name", "t"])
+    assert sorted(run.rglob("*")) == before
+
+
+REAL_SAMPLE = train.sample_groups
+
+
+# ---------------------------------------------------------------------------------------------------------------- the gradient
+@pytest.fixture
+def trainer():
+    return make_trainer()
+
+
+def gradient(trainer):
+    return {name: p.grad.clone() for name, p in trainer.policy.named_parameters()}
+
+
+def assert_close(a, b, rtol):
+    """Relative to the largest gradient of all parameters: float32 sums in another order."""
+    scale = max(g.abs().max() for g in b.values())
+    assert scale > 0 and a.keys() == b.keys()
+    for name in b:
+        assert (a[name] - b[name]).abs().max() <= rtol * scale, name
+
+
+@pytest.mark.parametrize("lam", [0.0, 2.0])
+def test_gradient_equals_the_plain_formula(trainer, lam):
+    """One response at a time, whole-vocabulary logits, no padding, no chunks. With lam 0: GRPO with a KL penalty, and no hinted pass."""
+    trainer.method = PTDPOConfig(lam=lam, beta_kl=0.1, k=7)
+    work = make_work(trainer, "unequal", range(4))
+    if lam == 0:
+        for w in work:
+            w.tutored, w.kl = False, True
+    calls = []
+    hidden, trainer.reference.hidden = trainer.reference.hidden, lambda i, m: (calls.append(i["input_ids"].shape), hidden(i, m))[1]
+    trainer.accumulate(work)
+    ours = gradient(trainer)
+    trainer.policy.zero_grad()
+
+    def logits(model, prompt, ids):
+        n, row = len(ids), torch.cat([prompt.ids, torch.tensor(ids)])[None]
+        types = torch.cat([prompt.types, torch.zeros(n, dtype=torch.long)])[None]
+        z = model(input_ids=row, mm_token_type_ids=types, pixel_values=prompt.pixels, image_grid_thw=prompt.grid).logits[0, -n - 1:-1]
+        z[:, trainer.settings["banned"]] = -torch.inf
+        return z
+    n_all = sum(len(w.rollout.ids) for w in work)
+    n_tutor, n_kl = (sum(len(w.rollout.ids) for w in work if getattr(w, name)) for name in ("tutored", "kl"))
+    for w in work:
+        ids = torch.tensor(w.rollout.ids)
+        z = logits(trainer.policy, w.prompt, w.rollout.ids)
+        logp = z.log_softmax(-1)[torch.arange(len(ids)), ids]
+        loss = -(torch.exp(logp - logp.detach()) * w.advantage).sum() / n_all          # on policy: nothing is clipped
+        with torch.no_grad():
+            reference = logits(trainer.reference.model, w.prompt, w.rollout.ids).log_softmax(-1)[torch.arange(len(ids)), ids]
+            teacher = logits(trainer.reference.model, w.hinted, w.rollout.ids)
+        if w.kl:
+            loss = loss + 0.1 * (torch.exp(reference - logp) - 1 - (reference - logp)).sum() / n_kl
+        if w.tutored:
+            loss = loss + lam * topk_jsd(z, teacher, 7).sum() / n_tutor
+        loss.backward()
+    assert_close(ours, gradient(trainer), 1e-4)
+    hinted_length = len(work[0].hinted.ids)
+    assert lam > 0 or all(shape[1] < hinted_length for shape in calls)
+
+
+def test_micro_batches_do_not_change_the_gradient(trainer):
+    grads = []
+    for size in (1, 5, 16):
+        trainer.cfg.micro_batch = size
+        parts = trainer.accumulate(make_work(trainer, "unequal", range(4)))
+        grads.append((gradient(trainer), parts))
+        trainer.policy.zero_grad()
+    for g, parts in grads[1:]:
+        assert_close(g, grads[0][0], 1e-4)
+        assert parts["tutor_loss"] == pytest.approx(grads[0][1]["tutor_loss"], rel=1e-4) and parts["tutor_loss"] > 0
+
+
+def test_the_hinted_prompt_has_the_same_image(trainer):
+    for w in make_work(trainer, "one", range(2)):
+        assert torch.equal(w.hinted.pixels, w.prompt.pixels) and w.hinted.types.sum() == w.prompt.types.sum() == 16
+        assert len(w.hinted.ids) > len(w.prompt.ids)
+
+
+def test_the_teacher_looks_at_the_image(trainer):
+    work = make_work(trainer, "one", range(1))
+    inputs, mask = trainer._collate(work, [w.hinted for w in work])
+    seen = trainer.reference.hidden(inputs, mask)
+    inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+    assert (trainer.reference.hidden(inputs, mask) - seen).abs().max() > 1e-2
+
+
+def test_ratio_is_one_on_the_first_pass_and_not_after():
+    trainer = make_trainer(updates=2, questions=2, group_size=4, lr=1e-2, max_new_tokens=40, warmup=0)
+    torch.manual_seed(0)
+    work, row = trainer.rollout([world.sample(world.make_puzzle("tune", i)) for i in range(4)])
+    assert all(w.old_logp is not None and len(w.old_logp) == len(w.rollout.ids) for group in work for w in group)
+    first = trainer.update([w for group in work[:2] for w in group])
+    assert first["ratio_max"] < 1e-4
+    assert trainer.update([w for group in work[2:] for w in group])["ratio_max"] > 1e-3
+
+
+def test_routing_in_a_rollout(trainer):
+    trainer.cfg.group_size, trainer.cfg.max_new_tokens = 6, 40
+    torch.manual_seed(1)
+    samples = [world.sample(world.make_puzzle("tune", i)) for i in range(6)]
+    samples[0].hint = None
+    work, row = trainer.rollout(samples)
+    for n, group in enumerate(work):
+        failed = [not w.rollout.correct for w in group]
+        assert [w.tutored for w in group] == [f and n > 0 for f in failed]
+        assert all(w.kl == (n == 0 or not any(failed)) for w in group)
+        assert (group[0].hinted is not None) == any(w.tutored for w in group)
+    assert row["tutored"] == pytest.approx(sum(w.tutored for g in work for w in g) / 36) and row["tutored"] > 0
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    handle = next(trainer.policy.parameters()).register_hook(lambda g: g * float("nan"))
+    work = make_work(trainer, "one", range(2))
+    assert trainer.update(work)["skipped_steps"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
+    handle.remove()
+    assert trainer.update(work)["skipped_steps"] == 1
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
+
+
+def test_evaluation_counts_every_question_once(trainer):
+    trainer.cfg.max_new_tokens, trainer.cfg.sample_batch = 40, 4
+    samples = world.puzzles("tune", 10)
+    plain, hinted = train.evaluate(trainer, samples), train.evaluate(trainer, samples, train.hinted_messages)
+    assert plain["questions"] == hinted["questions"] == 10 and hinted["accuracy"] > plain["accuracy"]
+    samples[0].hint = None
+    assert train.evaluate(trainer, samples, train.hinted_messages)["questions"] == 9
+
+
+@pytest.mark.parametrize("case", ["unequal", "one"])
+def test_two_processes_give_the_gradient_of_one(case, root, tmp_path):
+    """gloo, two processes with different numbers of tutored tokens; in case "one" a process has none."""
+    script, env = str(root / "tests" / "two_processes.py"), {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("a", [sys.executable]), ("b", launch)):
+        done = subprocess.run([*start, script, str(tmp_path / name), case], env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = torch.load(tmp_path / "a"), torch.load(tmp_path / "b")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert_close(two["grads"], one["grads"], 1e-5)
+    for name, value in one["parts"].items():
+        assert two["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-9)

@@ -1,0 +1,220 @@
+"""Make toy/base: a tiny real Qwen2-VL that has the skill but not the insight.
+
+    python toy/make_base.py            # writes toy/base, prints the accuracy table; about 20 minutes on 2 cores
+
+The base reads any row or column that its own text or its prompt names, and keeps a running sum. It also sees where the star and the
+ring are, when asked just that. What it was never shown is that the star question is about the star's row: on plain questions its
+demonstrations are right in form and read a *guessed* line. So it solves a puzzle with the hint and guesses without it, and
+everything that reinforcement or tutoring can add is the insight. The mix (`episode`):
+
+    hinted  hint names the lines                        -> read them; in a fifth of them the prefix names a wrong line and the
+                                                           reading follows the prefix: a teacher must read what its prefix names
+    named   the question itself names the lines         -> read them
+    plain   the puzzle as the student meets it          -> read guessed lines (right by luck one time in four, or sixteen)
+    told    plain question + "the answer is n"          -> read guessed lines among those whose points fit n, then box n:
+                                                           the plain solver, conditioned on the told answer
+    where   which row / column is the star / ring in    -> the line
+    grid    read all rows                               -> every cell: most of the first quarter, where seeing is learnt
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from hints import answer_context, hinted_messages
+from rollout import ImageTextProcessor, Sample, collate, encode_prompts, plain_messages, sample_groups, verify
+from toy import world
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+HABIT = (3, 1, 1, 1)            # how often a guess names the first, second, third, last line
+SHARES = {"hinted": 42, "named": 15, "plain": 20, "told": 11, "where": 9, "grid": 3}
+
+
+# ----------------------------------------------------------------------------------------------------------- episodes
+def guessed_lines(puzzle: world.Puzzle, rng: random.Random, fit: bool = False) -> list:
+    """Lines of the right kind at guessed places, right by luck sometimes. fit: redrawn until their points add up to the answer.
+
+    The guess has a habit (HABIT). Were it uniform, the least trace of the star's place would decide a greedy reading, and the base
+    would look as if it had the insight while its samples show that it has not (measured: greedy 45 %, sampled 30 %).
+    """
+    while True:
+        lines = [(kind, rng.choices(range(world.GRID), HABIT)[0]) for kind, _ in puzzle.lines]
+        if not fit or sum(world.line_points(puzzle.cells, line) for line in lines) == puzzle.answer:
+            return lines
+
+
+def episode(index: int, grid_share: float) -> tuple[Sample, list, str, bool]:
+    """Training episode `index` -> (sample, messages, response, mask_lines). mask_lines: no loss on the names of lines."""
+    rng = random.Random(f"episode-{index}")
+    puzzle = world.make_puzzle("train", 5 * 10**8 + index)       # far from the puzzles that RL trains on
+    sample = world.sample(puzzle)
+    kind = "grid" if rng.random() < grid_share else rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "hinted":
+        if rng.random() < 0.2:
+            wrong = [(kind, rng.randrange(world.GRID)) for kind, _ in puzzle.lines]
+            return sample, hinted_messages(sample), world.response(puzzle, rng, wrong), True
+        return sample, hinted_messages(sample), world.response(puzzle, rng), False
+    if kind == "plain":
+        return sample, plain_messages(sample), world.response(puzzle, rng, guessed_lines(puzzle, rng)), False
+    if kind == "told":
+        lines = guessed_lines(puzzle, rng, fit=True)
+        return sample, plain_messages(sample, answer_context(sample)), world.response(puzzle, rng, lines), False
+    if kind == "named":
+        lines = [(kind, rng.randrange(world.GRID)) for kind, _ in puzzle.lines]
+        names = " plus ".join(world.line_name(line) for line in lines)
+        sample.question = f"How many points are in {names}?"
+        return sample, plain_messages(sample), world.response(puzzle, rng, lines), False
+    if kind == "where":
+        mark, axis = rng.choice(("star", "ring")), rng.choice(("row", "column"))
+        r, c = next((r, c) for r in range(world.GRID) for c in range(world.GRID) if puzzle.cells[r][c] == mark)
+        name = world.line_name((axis, r if axis == "row" else c))
+        sample.question = f"Which {axis} is the {mark} in?"
+        return sample, plain_messages(sample), f"{rng.choice(world.OPENINGS)} {name}. \\boxed{{{name.split()[1]}}}", False
+    sample.question = "Read every row."
+    rows = [f"{world.line_name(('row', r))}: {', '.join(puzzle.cells[r])}" for r in range(world.GRID)]
+    return sample, plain_messages(sample), f"{rng.choice(world.OPENINGS)} " + ". Next ".join(rows) + ".", False
+
+
+# -------------------------------------------------------------------------------------------------- processor and model
+def make_processor() -> ImageTextProcessor:
+    """Word-level tokenizer over the world's words, Qwen's special tokens, and the pillow image processor."""
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
+                                     pre_tokenizers.Split(Regex(r"\\boxed\{|[{}.,:;?-]"), "isolated")])
+    texts = ["user assistant system", " ".join(str(n) for n in range(28)), "Which row column is the star ring in?"]
+    for i in range(400):
+        for share in (0.0, 1.0):
+            sample, messages, response, _ = episode(i, share)
+            texts += [messages[0]["content"][-1]["text"], response]
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocab = {word: i for i, word in enumerate([*SPECIAL, "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    # special tokens are cut out before the pre-tokenizer sees the text: without this, "<|im_start|>user" is one unknown word
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
+        chat_template=CHAT_TEMPLATE, extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+    return ImageTextProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def make_model(processor: ImageTextProcessor) -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL of 0.7 M parameters, random weights."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    text = dict(vocab_size=len(processor.tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+                bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    vision = dict(depth=1, embed_dim=64, num_heads=2, mlp_ratio=2, hidden_size=128, patch_size=14,
+                  spatial_merge_size=2, temporal_patch_size=2)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
+                           image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+                           vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+class Episodes(torch.utils.data.Dataset):
+    """Batch number i of the run, ready for the model: a function of i alone."""
+
+    def __init__(self, processor, batch, steps):
+        self.processor, self.batch, self.steps = processor, batch, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        torch.set_num_threads(1)
+        grid_share = max(0.0, 0.9 * (1 - 4 * i / self.steps))
+        episodes = [episode(i * self.batch + b, grid_share) for b in range(self.batch)]
+        tokenizer, items = self.processor.tokenizer, []
+        places = set(tokenizer.convert_tokens_to_ids([*world.ROWS, *world.COLUMNS]))
+        for sample, messages, response, mask_lines in episodes:
+            ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            items.append((sample, messages, ids, [not (mask_lines and t in places) for t in ids]))
+        samples, chats, responses, keeps = zip(*items)
+        batch, mask = collate(encode_prompts(self.processor, samples, chats), responses, tokenizer.pad_token_id)
+        for row, keep in zip(mask, keeps):
+            row[:len(keep)] = torch.tensor(keep)
+        return batch, mask
+
+
+def train(args) -> None:
+    """Supervise the base, save it, print the table."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    processor = make_processor()
+    model = make_model(processor)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}")
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    loader = torch.utils.data.DataLoader(Episodes(processor, args.batch, args.steps), batch_size=None, num_workers=1, prefetch_factor=8)
+    start = time.time()
+    for step, (batch, mask) in enumerate(loader, 1):
+        ids, width = batch["input_ids"], mask.shape[1]
+        hidden = model.model(**batch, use_cache=False).last_hidden_state[:, -width - 1:-1]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[mask]), ids[:, -width:][mask])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == args.steps:
+            print(f"step {step:5d}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+        if step % args.eval_every == 0 or step == args.steps:
+            table(model, processor)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    print(f"saved {args.out}")
+
+
+def table(model, processor, count=200) -> None:
+    """Greedy accuracy on held-out puzzles by family and context."""
+    samples = world.puzzles("heldout", count)
+    contexts = {"plain": plain_messages, "hinted": hinted_messages, "told": lambda s: plain_messages(s, answer_context(s))}
+    for name, messages in contexts.items():
+        prompts = encode_prompts(processor, samples, [messages(s) for s in samples])
+        groups = sample_groups(model, processor, samples, prompts, 1, max_new_tokens=48, temperature=0.0)
+        right = [verify(group[0].text, s.answer) for group, s in zip(groups, samples)]
+        by = {f: [r for r, s in zip(right, samples) if s.family == f] for f in world.FAMILIES}
+        print(f"  {name:7s} {100 * sum(right) / len(right):5.1f} %  " +
+              "  ".join(f"{f} {100 * sum(r) / len(r):5.1f}" for f, r in by.items()) + f"", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eval-every", type=int, default=600)
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "base"))
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,493 @@
+"""Train a vision-language model with PTD-PO. (arXiv 2606.07000)
+
+GRPO, plus one thing: a response that failed is also scored by the frozen starting model, which reads the same image and question and
+a hint; the student, who never reads the hint, is pulled toward it token by token. Sampling, the ratio and every evaluation use the
+plain prompt; the hint exists only inside phase 5, in the teacher's forward pass.
+
+    python train.py                                              # embedded tiny Qwen2-VL, built-in puzzles, CPU, minutes
+    python train.py --lam 0                                      # the same run as plain GRPO
+    python train.py --model Qwen/Qwen2-VL-2B-Instruct            # one GPU
+    accelerate launch --num_processes 8 train.py --model ...     # data-parallel
+
+The numbered phases of `train_step` are the method; the rest is reading and writing.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import logging as transformers_logging
+
+from hints import Hint, find_spoilers, hinted_messages
+from losses import head_scores
+from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
+from rollout import (Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
+                     plain_messages, reward, sample_groups, verify)
+from toy import world
+
+EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+# --------------------------------------------------------------------------------------------------------------- settings
+@dataclass
+class TrainConfig:
+    """The run's settings; the method's own are PTDPOConfig."""
+    model: str = option(EMBEDDED, "model, by hub name or path (embedded: toy/base)", shown="toy/base")
+    data: str = option("", "questions, a .jsonl file (built-in puzzles if empty)", shown="puzzles")
+    eval_data: str = option("", "held-out questions, a .jsonl file (held-out puzzles if empty)", shown="puzzles")
+    name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
+    steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=300)
+    questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=16)
+    updates: int = option(1, "optimizer steps a rollout batch; the paper's 384 questions a rollout are 3")
+    group_size: int = option(8, "responses a question, >= 2 (paper: 8)")
+    max_new_tokens: int = option(4096, "longest response, tokens (paper: 4096)", toy=48)
+    temperature: float = option(1.0, "sampling temperature, also in the losses (paper: 1.0)")
+    top_p: float = option(1.0, "sample from this much mass (paper: 0.99; 1 keeps scorer and sampler equal)")
+    format_weight: float = option(0.1, "share of the reward that is for a boxed answer (released recipe: 0.1)")
+    lr: float = option(1e-6, "AdamW learning rate (paper: 1e-6)", toy=5e-4)
+    weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
+    warmup: int = option(10, "steps of linear warm-up, then constant")
+    grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
+    micro_batch: int = option(4, "responses in one forward pass, a process", toy=128)
+    sample_batch: int = option(64, "responses decoded together, a process", toy=256)
+    precision: str = option("auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16"))
+    eval_every: int = option(50, "steps between evaluations", toy=60)
+    eval_questions: int = option(200, "held-out questions an evaluation")
+    seed: int = option(0, "seed of questions and sampling, 0 to 399")
+
+    def __post_init__(self):
+        least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, sample_batch=1,
+                     eval_every=1, eval_questions=1, seed=0, weight_decay=0, format_weight=0)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lr", "temperature", "top_p", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+        for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
+            if getattr(self, name) > high:
+                raise ValueError(f"{flag(name)} must be at most {high}, got {getattr(self, name)}")
+        if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
+            raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
+
+
+def flag(name: str) -> str:
+    """group_size -> --group-size"""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, instead of every option and then the error."""
+
+    def error(self, message):
+        self.exit(2, f"train.py: error: {message}\n")
+
+
+def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentParser]:
+    """The command line. Defaults are for real models; with the embedded one, options that name a toy value use it.
+
+    Bad values end the program with one line and exit code 2.
+    """
+    parser = Parser(usage="python train.py [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=125),
+                    description=__doc__.partition("\n\n")[0] + " Defaults in [brackets]: real models | embedded model.")
+    kinds = {"int": int, "float": float, "str": str}
+    for config in (TrainConfig, PTDPOConfig):
+        group = parser.add_argument_group("the method" if config is PTDPOConfig else "the run")
+        for f in fields(config):
+            toy = f.metadata["toy"]
+            shown = f.metadata.get("shown", f.default if toy is None else f"{f.default} | {toy}")
+            group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=f.metadata.get("choices"),
+                               metavar=f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    toy = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
+    made = []
+    for config in (TrainConfig, PTDPOConfig):
+        values = {f.name: f.metadata["toy"] for f in fields(config) if toy and f.metadata["toy"] is not None}
+        values.update({f.name: given[f.name] for f in fields(config) if f.name in given})
+        try:
+            made.append(config(**values))
+        except ValueError as error:
+            parser.error(str(error))
+    return *made, parser
+
+
+# ------------------------------------------------------------------------------------------------------- reading the input
+class Questions:
+    """Question number i of the run, for ever: a stream of puzzles, or the data shuffled anew each epoch by the seed."""
+
+    def __init__(self, samples: list[Sample] | None, seed: int):
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, i: int) -> Sample:
+        if self.samples is None:
+            return world.sample(world.make_puzzle("train", self.seed * 10**6 + i))
+        epoch, place = divmod(i, len(self.samples))
+        order = list(range(len(self.samples)))
+        random.Random(f"{self.seed}-{epoch}").shuffle(order)
+        return self.samples[order[place]]
+
+
+def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path]:
+    """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the new run folder.
+
+    A hint that holds a spoiler is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
+    """
+    if cfg.questions % world_size:
+        raise ValueError(f"--questions {cfg.questions} must be a multiple of the {world_size} processes")
+    local = Path(cfg.model)
+    if not local.exists() and (local.is_absolute() or cfg.model.startswith(".") or cfg.model.count("/") != 1):
+        raise ValueError(f"--model {cfg.model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct")
+    try:
+        model_type = AutoConfig.from_pretrained(cfg.model).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {cfg.model}: cannot read its config.json: {str(error).splitlines()[0]}") from None
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"--model {cfg.model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}")
+    run = Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if run.exists():
+        raise ValueError(f"{run} exists already; choose another --name or remove it")
+    samples = load_samples(cfg.data, Hint.from_json) if cfg.data else None
+    held_out = load_samples(cfg.eval_data, Hint.from_json) if cfg.eval_data else world.puzzles("heldout", cfg.eval_questions)
+    note = "questions: built-in puzzles, all with a hint"
+    if samples:
+        leaky = [s for s in samples if s.hint and find_spoilers(s.hint, s.question, s.answer)]
+        for s in leaky:
+            s.hint = None
+        hinted = sum(s.hint is not None for s in samples)
+        note = f"questions: {len(samples)} from {cfg.data}; {hinted} with a hint, {len(leaky)} hints dropped as spoilers" + (
+            f" (first: {leaky[0].id})" if leaky else "")
+    return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+class Scorer(torch.nn.Module):
+    """A language model as per-token scores. The head runs inside this forward, so that DDP and FSDP see every use of the weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def hidden(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
+        """States (B, T, H) that predict the response tokens: mask (B, T) tells T, and position t's state stands one column before."""
+        T = mask.shape[1]
+        return self.model.model(**inputs, use_cache=False).last_hidden_state[:, -T - 1:-1]
+
+    def forward(self, inputs, mask, *, tutored=None, teacher_hidden=None, teacher_head=None, **settings):
+        """Log-prob, entropy, Top-K JSD of the response tokens, each (B, T) with 0 outside; settings go to losses.head_scores.
+
+        tutored (B,) bool: rows that teacher_hidden (their tokens, H) belongs to; the JSD is 0 elsewhere, None without a teacher.
+        """
+        hidden, ids = self.hidden(inputs, mask), inputs["input_ids"][:, -mask.shape[1]:]
+        out = [torch.zeros(mask.shape, device=mask.device) for _ in range(3)]
+        taught = mask & tutored.unsqueeze(1) if teacher_hidden is not None else torch.zeros_like(mask)
+        for where, teacher in ((mask & ~taught, None), (taught, teacher_hidden)):
+            if teacher is not None or teacher_hidden is None or where.any():
+                scores = head_scores(hidden[where], self.head, ids[where], teacher, teacher_head, **settings)
+                for i, score in enumerate(scores):
+                    if score is not None:
+                        out[i] = out[i].masked_scatter(where, score)
+            if teacher_hidden is None:
+                break
+        return out[0], out[1], (out[2] if teacher_hidden is not None else None)
+
+
+def build(cfg: TrainConfig, accelerator: Accelerator):
+    """Processor, student, frozen reference. The student keeps float32 master weights; the reference takes bf16 where that is used."""
+    processor = load_processor(cfg.model)
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    scorers = []
+    for dtype in (torch.float32, half):
+        model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
+        scorers.append(Scorer(model).to(accelerator.device))
+    student, reference = scorers
+    reference.eval().requires_grad_(False)
+    return processor, student, reference
+
+
+# ------------------------------------------------------------------------------------------------------------------- step
+@dataclass
+class Work:
+    """One response on its way through an optimizer step."""
+    rollout: Rollout
+    prompt: Prompt
+    hinted: Prompt | None
+    advantage: float
+    tutored: bool
+    kl: bool
+    old_logp: torch.Tensor | None = None
+
+
+class Trainer:
+    """What one process holds during a run; `step` is the method."""
+
+    def __init__(self, cfg, method, accelerator, processor, student, reference):
+        self.cfg, self.method, self.accelerator, self.processor, self.reference = cfg, method, accelerator, processor, reference
+        self.policy = student.model                                           # for sampling, which needs no wrapper
+        decay = [p for p in student.parameters() if p.ndim > 1]
+        rest = [p for p in student.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                      lr=cfg.lr, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, cfg.warmup)))
+        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        banned = torch.tensor(banned_tokens(self.policy, processor.tokenizer), device=accelerator.device)
+        self.settings = dict(temperature=cfg.temperature, banned=banned)
+        self.skipped = 0
+
+    def rollout(self, samples: list[Sample]) -> tuple[list[list[Work]], dict]:
+        """Phases 1 to 4 for this process's questions: -> one list of Work a question, and what the log says of them."""
+        cfg, method = self.cfg, self.method
+        # 1 read
+        prompts = encode_prompts(self.processor, samples, [plain_messages(s) for s in samples])
+        # 2 sample: the student acts on the plain prompt
+        with self.accelerator.autocast():
+            groups = sample_groups(self.policy, self.processor, samples, prompts, cfg.group_size, batch=cfg.sample_batch,
+                                   max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p)
+        # 3 verify
+        for rollout in (r for group in groups for r in group):
+            rollout.correct = verify(rollout.text, rollout.sample.answer)
+            rollout.reward = reward(rollout.text, rollout.correct, cfg.format_weight)
+        rewards = torch.tensor([[r.reward for r in group] for group in groups])                     # (N, G)
+        correct = torch.tensor([[r.correct for r in group] for group in groups])                    # (N, G)
+        # 4 route
+        routes = route(correct, torch.tensor([s.hint is not None for s in samples]), method.tau, method.lam)
+        advantages = group_advantages(rewards)
+        work = []
+        for n, (sample, prompt, group) in enumerate(zip(samples, prompts, groups)):
+            hinted = encode_prompts(self.processor, [sample], [hinted_messages(sample)])[0] if routes.tutored[n].any() else None
+            work.append([Work(r, prompt, hinted, advantages[n, g].item(), routes.tutored[n, g].item(), routes.kl[n, g].item())
+                         for g, r in enumerate(group)])
+        if cfg.updates > 1:                     # with one update a batch the sampling policy is the current one: ratio 1
+            flat = [w for group in work for w in group]
+            for batch in self._micro_batches(flat):
+                inputs, mask = self._collate(batch, [w.prompt for w in batch])
+                with torch.no_grad():
+                    logp = self.student(inputs, mask, **self.settings)[0]
+                for w, row, m in zip(batch, logp, mask):
+                    w.old_logp = row[m]
+        every = [r for group in groups for r in group]
+        sums = {"reward": rewards.sum(), "accuracy": correct.sum(), "all_failed": (~correct).all(1).sum() * cfg.group_size,
+                "all_correct": correct.all(1).sum() * cfg.group_size, "tutored": routes.tutored.sum(),
+                "length": sum(len(r.ids) for r in every), "truncated": sum(r.truncated for r in every)}
+        return work, {name: float(value) / len(every) for name, value in sums.items()}
+
+    def _micro_batches(self, work: list[Work]):
+        work = sorted(work, key=lambda w: (len(w.prompt.ids) + len(w.rollout.ids)))        # equal lengths together: less padding
+        return [work[a:a + self.cfg.micro_batch] for a in range(0, len(work), self.cfg.micro_batch)]
+
+    def _collate(self, work: list[Work], prompts: list[Prompt]):
+        return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device)
+
+    def accumulate(self, work: list[Work]) -> dict:
+        """Phase 5: the gradient of one optimizer step, over micro-batches and processes. Returns the step's loss parts."""
+        accelerator = self.accelerator
+        tutored, kl = torch.tensor([w.tutored for w in work]), torch.tensor([w.kl for w in work])
+        lengths = torch.tensor([len(w.rollout.ids) for w in work])
+        counts = accelerator.reduce(count_tokens(lengths, Route(tutored, kl)).to(accelerator.device))
+        names, ratio = ("policy_loss", "tutor_loss", "kl", "entropy"), 0.0
+        sums = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
+        self.student.train()
+        batches = self._micro_batches(work)
+        for i, batch in enumerate(batches):
+            with contextlib.nullcontext() if i == len(batches) - 1 else accelerator.no_sync(self.student):
+                loss, parts = self.loss(batch, counts)
+                # gradients are averaged over processes, and the denominators are already global: undo the average
+                accelerator.backward(loss * accelerator.num_processes)
+            ratio = max(ratio, float(parts["ratio"]))
+            sums += torch.stack([parts.get(name, loss.new_zeros(())).double() for name in names])
+        ratio = accelerator.gather(torch.tensor([ratio], device=accelerator.device)).max()
+        return {**dict(zip(names, accelerator.reduce(sums).tolist())), "ratio_max": float(ratio)}
+
+    def update(self, work: list[Work]) -> dict:
+        """Phases 5 and 6: accumulate, then step unless the gradient is not finite."""
+        # 5 accumulate
+        parts = self.accumulate(work)
+        # 6 step
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.cfg.grad_clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.schedule.step()
+        else:
+            self.skipped += 1                   # counted, logged and reported at the end, never silent
+        self.optimizer.zero_grad()
+        return {**parts, "grad_norm": float(norm), "skipped_steps": self.skipped}
+
+    def loss(self, batch: list[Work], counts: torch.Tensor):
+        """This micro-batch's share of the step's loss, and its parts (shares as well, but `ratio`: max |ratio - 1|)."""
+        device, method = self.accelerator.device, self.method
+        tutored, kl = (torch.tensor([getattr(w, name) for w in batch], device=device) for name in ("tutored", "kl"))
+        taught, penalised = [w for w in batch if w.tutored], [w for w in batch if w.kl]
+        inputs, mask = self._collate(batch, [w.prompt for w in batch])
+        teacher, ref_logp = {}, None
+        with torch.no_grad(), self.accelerator.autocast():
+            if taught:                          # the teacher: same image, same question, plus the hint; scores, never writes
+                hinted, hinted_mask = self._collate(taught, [w.hinted for w in taught])
+                states = self.reference.hidden(hinted, hinted_mask)[hinted_mask]
+                teacher = dict(tutored=tutored, teacher_hidden=states, teacher_head=self.reference.head, k=method.k)
+            if penalised and method.beta_kl:    # the reference without the hint
+                plain, plain_mask = self._collate(penalised, [w.prompt for w in penalised])
+                scores = self.reference(plain, plain_mask, **self.settings)[0]
+                where = mask & kl.unsqueeze(1)
+                ref_logp = torch.zeros(mask.shape, device=device).masked_scatter(where, scores[plain_mask])
+        logp, entropy, jsd = self.student(inputs, mask, **teacher, **self.settings)
+        old = logp.detach()
+        if batch[0].old_logp is not None:
+            old = old.masked_scatter(mask, torch.cat([w.old_logp for w in batch]))
+        advantages = torch.tensor([w.advantage for w in batch], device=device)
+        loss, parts = ptdpo_loss(method, logp, old, advantages, mask, counts, jsd, tutored, ref_logp, kl)
+        parts["entropy"] = entropy.sum() / counts[0]
+        parts["ratio"] = (torch.exp(logp.detach() - old) - 1).abs().max()
+        return loss, parts
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -> dict:
+    """Greedy accuracy and mean length over all processes. messages: plain_messages (the measure) or hinted_messages (the teacher's view)."""
+    accelerator, cfg = trainer.accelerator, trainer.cfg
+    mine = [s for s in samples if messages is plain_messages or s.hint][accelerator.process_index::accelerator.num_processes]
+    prompts = encode_prompts(trainer.processor, mine, [messages(s) for s in mine])
+    with accelerator.autocast():
+        groups = sample_groups(trainer.policy, trainer.processor, mine, prompts, 1, max_new_tokens=cfg.max_new_tokens,
+                               temperature=0.0, batch=cfg.sample_batch)
+    right = [verify(g[0].text, s.answer) for s, g in zip(mine, groups)]
+    total = accelerator.reduce(torch.tensor([sum(right), sum(len(g[0].ids) for g in groups), len(mine)], dtype=torch.float64,
+                                            device=accelerator.device)).tolist()
+    return {"accuracy": total[0] / max(1, total[2]), "length": total[1] / max(1, total[2]), "questions": int(total[2])}
+
+
+# --------------------------------------------------------------------------------------------------------------------- run
+class RunFolder:
+    """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, model/. Only the main process writes."""
+
+    def __init__(self, path: Path, config: dict, active: bool):
+        self.path, self.active = path, active
+        if active:
+            path.mkdir(parents=True)
+            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def append(self, name: str, row: dict) -> None:
+        if self.active:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save_model(self, model, processor) -> None:
+        """Written beside and renamed: model/ is there whole or not at all."""
+        if self.active:
+            model.save_pretrained(self.path / "model.part")
+            processor.save_pretrained(self.path / "model.part")
+            os.rename(self.path / "model.part", self.path / "model")
+
+
+def sample_row(step: int, group: list[Work]) -> dict:
+    """One question of a step for samples.jsonl."""
+    sample = group[0].rollout.sample
+    return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
+            "hint": json.loads(sample.hint.to_json()) if sample.hint else None,
+            "responses": [{"text": w.rollout.text, "correct": w.rollout.correct, "reward": round(w.rollout.reward, 4),
+                           "tutored": w.tutored, "truncated": w.rollout.truncated} for w in group]}
+
+
+def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder: RunFolder) -> dict:
+    """All steps with evaluations before, during and after: -> {"before": ..., "after": ...} for the table."""
+    cfg, accelerator = trainer.cfg, trainer.accelerator
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+
+    def both():
+        plain, hinted = evaluate(trainer, held_out), evaluate(trainer, held_out, hinted_messages)
+        return {"plain": plain["accuracy"], "hinted": hinted["accuracy"], "length": plain["length"], "questions": plain["questions"]}
+
+    table, entropies, work = {"before": both()}, [], []
+    folder.append("metrics.jsonl", {"step": 0, "eval_plain": table["before"]["plain"], "eval_hinted": table["before"]["hinted"]})
+    bar = tqdm(range(1, cfg.steps + 1), disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
+    for step in bar:
+        start = time.time()
+        if not work:
+            first, per = (step - 1) * cfg.questions, cfg.questions // world_size
+            indices = range(first + rank, first + cfg.questions * cfg.updates, world_size)
+            work, row = trainer.rollout([questions[i] for i in indices])
+            folder.append("samples.jsonl", sample_row(step, work[0]))
+        sampled = time.time()
+        losses = trainer.update([w for group in work[:per] for w in group])
+        work = work[per:]
+        # 7 log
+        shared = accelerator.reduce(torch.tensor(list(row.values()), dtype=torch.float64, device=accelerator.device), "mean").tolist()
+        metrics = {"step": step, **dict(zip(row, shared)), **losses, "lr": trainer.schedule.get_last_lr()[0],
+                   "sample_seconds": sampled - start, "update_seconds": time.time() - sampled}
+        entropies.append(metrics["entropy"])
+        if step % cfg.eval_every == 0 and step < cfg.steps:
+            metrics["eval_plain"] = evaluate(trainer, held_out)["accuracy"]
+            bar.write(f"step {step}: {100 * metrics['eval_plain']:.1f} % of the held-out questions right, plain prompt")
+        elif step == cfg.steps:
+            table["after"] = both()
+            metrics.update(eval_plain=table["after"]["plain"], eval_hinted=table["after"]["hinted"])
+        folder.append("metrics.jsonl", metrics)
+        bar.set_postfix_str(f"reward {metrics['reward']:.2f} acc {metrics['accuracy']:.2f} entropy {metrics['entropy']:.2f} "
+                            f"all-failed {metrics['all_failed']:.2f} tutor {metrics['tutor_loss']:.3f}")
+    table["before"]["entropy"], table["after"]["entropy"] = entropies[0], entropies[-1]
+    return table
+
+
+def report(table: dict, folder: RunFolder, skipped: int, seconds: float) -> None:
+    """The table that a run ends with."""
+    before, after = table["before"], table["after"]
+    print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
+    for label, key, scale, unit in (("accuracy, plain prompt", "plain", 100, "%"), ("accuracy, with the hint", "hinted", 100, "%"),
+                                    ("entropy, nats a token", "entropy", 1, ""), ("response length, tokens", "length", 1, "")):
+        digits = 2 if key == "entropy" else 1
+        print(f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}")
+    print(f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
+          f"{seconds / 60:.1f} minutes; {skipped} steps skipped for a non-finite gradient)")
+    print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, model/. Load the model with\n"
+          f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
+
+
+def main(argv=None) -> None:
+    """Read, build, train, report."""
+    start = time.time()
+    cfg, method, parser = parse_args(argv)
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(mixed_precision=precision)
+    try:
+        questions, held_out, note, path = read_inputs(cfg, accelerator.num_processes)
+    except ValueError as error:
+        parser.error(str(error))
+    accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
+    folder = RunFolder(path, {**asdict(cfg), **asdict(method), "model": str(cfg.model)}, accelerator.is_main_process)
+    set_seed(cfg.seed, device_specific=True)
+    torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    processor, student, reference = build(cfg, accelerator)
+    trainer = Trainer(cfg, method, accelerator, processor, student, reference)
+    accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
+                      f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
+    accelerator.print(f"{cfg.steps} steps of {cfg.questions} questions x {cfg.group_size} responses; lam {method.lam}, tau {method.tau}, "
+                      f"k {method.k}, lr {cfg.lr}; log in {path}")
+    table = train(trainer, questions, held_out, folder)
+    accelerator.wait_for_everyone()
+    folder.save_model(trainer.policy, processor)
+    if accelerator.is_main_process:
+        report(table, folder, trainer.skipped, time.time() - start)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
