@@ -112,7 +112,8 @@ def _topk_jsd(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
     k = min(k, log_p.shape[-1])
     p_ids, q_ids = log_p.detach().topk(k).indices, log_q.topk(k).indices                 # (..., K) each
     ids = torch.cat([p_ids, q_ids], -1)                                                  # (..., 2K)
-    twice = (q_ids.unsqueeze(-1) == p_ids.unsqueeze(-2)).any(-1)                         # (..., K) teacher ids that S has already
+    chosen = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, p_ids, True)
+    twice = chosen.gather(-1, q_ids)                                                     # (..., K) teacher ids that S has already
     first = torch.cat([torch.ones_like(twice), ~twice], -1)
     head = (_jsd(log_p.gather(-1, ids), log_q.gather(-1, ids)) * first).sum(-1)
 

@@ -29,7 +29,7 @@ class PTDPOConfig:
     """The method's settings; defaults are the paper's or, where it is silent, the released recipe's."""
     tau: float = option(1.0, "tutor groups whose accuracy is below this, in (0, 1] (paper: 1.0)")
     lam: float = option(0.05, "weight of the tutoring loss; 0 is GRPO (paper: 0.05 for 2B and 8B, 0.5 for 4B)", toy=10.0)
-    k: int = option(100, "tokens each model puts into the divergence's support (paper: 100)")
+    k: int = option(100, "tokens each model puts into the divergence's support (paper: 100)", toy=20)
     beta_kl: float = option(0.01, "weight of the KL penalty in untutored groups (paper: 0.01)")
     clip_low: float = option(0.2, "ratio clipped below at 1 - this (released recipe)")
     clip_high: float = option(0.3, "ratio clipped above at 1 + this (released recipe)")

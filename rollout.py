@@ -1,14 +1,14 @@
 """Questions in, verified responses out: samples, prompts, group sampling, answers and rewards, batches.
 
 The path of one question: `Sample` -> `plain_messages` -> `encode_prompts` (chat template, image tokens, pixels) -> `sample_groups`
-(G responses) -> `verify` and `reward` -> `collate` (prompts left-padded, responses right-padded, one mask).
+(G responses) -> `verify` and `reward` -> `collate` -> `response_states` (what the losses read).
 Traps that cost hours are marked TRAP.
 """
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -126,29 +126,66 @@ def encode_prompts(processor, samples: list[Sample], messages: list[list[dict]])
     return prompts
 
 
-def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, device="cpu") -> tuple[dict, Tensor]:
-    """Model inputs for B prompts with their responses, and the response mask (B, T).
-
-    Prompts are padded on the left and responses on the right, so the response is always the last T columns and the states that
-    predict it are columns -T-1 to -2. TRAP: the mask comes from the responses' lengths, never from `ids == pad`: EOS must be trained,
-    and in some models it is the pad token.
-    """
-    P, T = max(len(p.ids) for p in prompts), max(map(len, responses))
-    ids = torch.full((len(prompts), P + T), pad_id)
-    attended, types = torch.zeros_like(ids), torch.zeros_like(ids)          # response tokens are text: type 0
-    mask = torch.zeros(len(prompts), T, dtype=torch.bool)
-    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = P - len(prompt.ids), P + len(response)
-        ids[b, start:P], types[b, start:P] = prompt.ids, prompt.types
-        ids[b, P:end] = torch.tensor(response, dtype=torch.long)
-        attended[b, start:end] = 1
-        mask[b, :len(response)] = True
+def pad_prompts(prompts: list[Prompt], pad_id: int, device="cpu") -> dict:
+    """Model inputs for U prompts, padded on the left, so that every prompt ends in the last column."""
+    P = max(len(p.ids) for p in prompts)
+    ids = torch.full((len(prompts), P), pad_id)
+    attended, types = torch.zeros_like(ids), torch.zeros_like(ids)
+    for u, prompt in enumerate(prompts):
+        start = P - len(prompt.ids)
+        ids[u, start:], types[u, start:], attended[u, start:] = prompt.ids, prompt.types, 1
     inputs = {"input_ids": ids, "attention_mask": attended, "mm_token_type_ids": types}
     pictured = [p for p in prompts if p.pixels is not None]
     if pictured:
-        inputs["pixel_values"] = torch.cat([p.pixels for p in pictured])    # every response is scored with its image
+        inputs["pixel_values"] = torch.cat([p.pixels for p in pictured])
         inputs["image_grid_thw"] = torch.cat([p.grid for p in pictured])
-    return {name: x.to(device) for name, x in inputs.items()}, mask.to(device)
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+@dataclass
+class Batch:
+    """Responses on their prompts. prompts: inputs of the U different prompts; rows (B,): which of them each response answers;
+    ids (B, T): response tokens, padded on the right; mask (B, T) bool: the real ones, EOS included."""
+    prompts: dict
+    rows: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, device="cpu") -> Batch:
+    """B responses, each with its Prompt; one that several responses share (the same object) is held once.
+
+    TRAP: the mask comes from the responses' lengths, never from `ids == pad`: EOS must be trained, and in some models it is the pad token.
+    """
+    different = list({id(p): p for p in prompts}.values())
+    place = {id(p): u for u, p in enumerate(different)}
+    T = max(map(len, responses))
+    ids = torch.tensor([r + [pad_id] * (T - len(r)) for r in responses], device=device)
+    mask = torch.arange(T, device=device) < torch.tensor([len(r) for r in responses], device=device).unsqueeze(1)
+    return Batch(pad_prompts(different, pad_id, device), torch.tensor([place[id(p)] for p in prompts], device=device), ids, mask)
+
+
+def response_states(model, batch: Batch) -> Tensor:
+    """Final hidden states (B, T, H), differentiable: state t is the one that predicts response token t, given the tokens before it.
+
+    Each prompt, its image included, runs once, and its keys and values serve all of its responses (gradients add up there).
+    TRAP: with a cache, position ids must be given: left to itself, the model counts the image's tokens one by one, and no error
+    says so. rope_deltas is state that the last prefill left on the model: read it at once.
+    """
+    out = model.model(**batch.prompts, use_cache=True)
+    deltas, attended = model.model.rope_deltas, batch.prompts["attention_mask"]
+    states = out.last_hidden_state[:, -1:][batch.rows]                                              # (B, 1, H): predicts token 0
+    T = batch.ids.shape[1]
+    if T == 1:
+        return states
+    out.past_key_values.batch_select_indices(batch.rows)
+    if "pixel_values" not in batch.prompts:
+        deltas = torch.zeros_like(attended[:, :1])      # text alone: the model has not set them, what is there is stale
+    start = (attended.sum(1, keepdim=True) + deltas)[batch.rows]                                    # (B, 1)
+    positions = (start + torch.arange(T - 1, device=start.device)).expand(3, -1, -1)                # (3, B, T - 1)
+    rest = model.model(input_ids=batch.ids[:, :-1], attention_mask=torch.cat([attended[batch.rows], batch.mask[:, :-1].long()], 1),
+                       position_ids=positions, past_key_values=out.past_key_values, use_cache=True)
+    return torch.cat([states, rest.last_hidden_state], 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -200,7 +237,7 @@ def sample_groups(model, processor, samples: list[Sample], prompts: list[Prompt]
     groups = []
     step = max(1, batch // group_size)
     for a in range(0, len(prompts), step):
-        inputs, _ = collate(prompts[a:a + step], [[]] * len(prompts[a:a + step]), tokenizer.pad_token_id, model.device)
+        inputs = pad_prompts(prompts[a:a + step], tokenizer.pad_token_id, model.device)
         out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:].tolist()
         for i, sample in enumerate(samples[a:a + step]):
             groups.append([_cut(sample, ids, eos, tokenizer) for ids in out[i * group_size:(i + 1) * group_size]])

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -29,14 +27,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from hints import Hint, find_spoilers, hinted_messages
 from losses import head_scores
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
-from rollout import (Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
-                     plain_messages, reward, sample_groups, verify)
+from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
+                     plain_messages, response_states, reward, sample_groups, verify)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -51,7 +49,7 @@ class TrainConfig:
     data: str = option("", "questions, a .jsonl file (built-in puzzles if empty)", shown="puzzles")
     eval_data: str = option("", "held-out questions, a .jsonl file (held-out puzzles if empty)", shown="puzzles")
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
-    steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=300)
+    steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=160)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=16)
     updates: int = option(1, "optimizer steps a rollout batch; the paper's 384 questions a rollout are 3")
     group_size: int = option(8, "responses a question, >= 2 (paper: 8)")
@@ -63,11 +61,11 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
-    micro_batch: int = option(4, "responses in one forward pass, a process", toy=128)
+    micro_batch: int = option(4, "responses in one forward pass, a process", toy=64)
     sample_batch: int = option(64, "responses decoded together, a process", toy=256)
     precision: str = option("auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16"))
-    eval_every: int = option(50, "steps between evaluations", toy=60)
-    eval_questions: int = option(200, "held-out questions an evaluation")
+    eval_every: int = option(50, "steps between evaluations", toy=40)
+    eval_questions: int = option(400, "held-out questions an evaluation")
     seed: int = option(0, "seed of questions and sampling, 0 to 399")
 
     def __post_init__(self):
@@ -104,7 +102,8 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
     Bad values end the program with one line and exit code 2.
     """
     parser = Parser(usage="python train.py [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=125),
-                    description=__doc__.partition("\n\n")[0] + " Defaults in [brackets]: real models | embedded model.")
+                    description=__doc__.partition("\n\n")[0] + " Defaults in [brackets]: real models | embedded one. "
+                    "Where no source is named, the choice is ours.")
     kinds = {"int": int, "float": float, "str": str}
     for config in (TrainConfig, PTDPOConfig):
         group = parser.add_argument_group("the method" if config is PTDPOConfig else "the run")
@@ -186,28 +185,19 @@ class Scorer(torch.nn.Module):
     def head(self) -> torch.nn.Linear:
         return self.model.get_output_embeddings()
 
-    def hidden(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
-        """States (B, T, H) that predict the response tokens: mask (B, T) tells T, and position t's state stands one column before."""
-        T = mask.shape[1]
-        return self.model.model(**inputs, use_cache=False).last_hidden_state[:, -T - 1:-1]
-
-    def forward(self, inputs, mask, *, tutored=None, teacher_hidden=None, teacher_head=None, **settings):
+    def forward(self, batch: Batch, *, tutored=None, teacher_states=None, teacher_head=None, **settings):
         """Log-prob, entropy, Top-K JSD of the response tokens, each (B, T) with 0 outside; settings go to losses.head_scores.
 
-        tutored (B,) bool: rows that teacher_hidden (their tokens, H) belongs to; the JSD is 0 elsewhere, None without a teacher.
+        tutored (B,) bool: the rows that teacher_states (their tokens, H) belong to; the JSD is 0 elsewhere, None without a teacher.
         """
-        hidden, ids = self.hidden(inputs, mask), inputs["input_ids"][:, -mask.shape[1]:]
+        states, mask = response_states(self.model, batch), batch.mask
+        taught = mask & tutored.unsqueeze(1) if teacher_states is not None else torch.zeros_like(mask)
+        passes = [(mask & ~taught, None), (taught, teacher_states)][:1 if teacher_states is None else 2]   # each token meets the head once
         out = [torch.zeros(mask.shape, device=mask.device) for _ in range(3)]
-        taught = mask & tutored.unsqueeze(1) if teacher_hidden is not None else torch.zeros_like(mask)
-        for where, teacher in ((mask & ~taught, None), (taught, teacher_hidden)):
-            if teacher is not None or teacher_hidden is None or where.any():
-                scores = head_scores(hidden[where], self.head, ids[where], teacher, teacher_head, **settings)
-                for i, score in enumerate(scores):
-                    if score is not None:
-                        out[i] = out[i].masked_scatter(where, score)
-            if teacher_hidden is None:
-                break
-        return out[0], out[1], (out[2] if teacher_hidden is not None else None)
+        for where, teacher in passes:
+            scores = head_scores(states[where], self.head, batch.ids[where], teacher, teacher_head, **settings)
+            out = [old if new is None else old.masked_scatter(where, new) for old, new in zip(out, scores)]
+        return out[0], out[1], (out[2] if teacher_states is not None else None)
 
 
 def build(cfg: TrainConfig, accelerator: Accelerator):
@@ -245,7 +235,7 @@ class Trainer:
         decay = [p for p in student.parameters() if p.ndim > 1]
         rest = [p for p in student.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                                      lr=cfg.lr, betas=(0.9, 0.99))
+                                      lr=cfg.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, cfg.warmup)))
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         banned = torch.tensor(banned_tokens(self.policy, processor.tokenizer), device=accelerator.device)
@@ -278,11 +268,10 @@ class Trainer:
         if cfg.updates > 1:                     # with one update a batch the sampling policy is the current one: ratio 1
             flat = [w for group in work for w in group]
             for batch in self._micro_batches(flat):
-                inputs, mask = self._collate(batch, [w.prompt for w in batch])
                 with torch.no_grad():
-                    logp = self.student(inputs, mask, **self.settings)[0]
-                for w, row, m in zip(batch, logp, mask):
-                    w.old_logp = row[m]
+                    logp = self.student(self._collate(batch, [w.prompt for w in batch]), **self.settings)[0]
+                for w, row in zip(batch, logp):
+                    w.old_logp = row[:len(w.rollout.ids)]
         every = [r for group in groups for r in group]
         sums = {"reward": rewards.sum(), "accuracy": correct.sum(), "all_failed": (~correct).all(1).sum() * cfg.group_size,
                 "all_correct": correct.all(1).sum() * cfg.group_size, "tutored": routes.tutored.sum(),
@@ -290,10 +279,11 @@ class Trainer:
         return work, {name: float(value) / len(every) for name, value in sums.items()}
 
     def _micro_batches(self, work: list[Work]):
-        work = sorted(work, key=lambda w: (len(w.prompt.ids) + len(w.rollout.ids)))        # equal lengths together: less padding
+        # a question's responses together, so that its prompt runs once, and tutored ones together; like lengths near: less padding
+        work = sorted(work, key=lambda w: (len(w.prompt.ids), w.rollout.sample.id, not w.tutored))
         return [work[a:a + self.cfg.micro_batch] for a in range(0, len(work), self.cfg.micro_batch)]
 
-    def _collate(self, work: list[Work], prompts: list[Prompt]):
+    def _collate(self, work: list[Work], prompts: list[Prompt]) -> Batch:
         return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device)
 
     def accumulate(self, work: list[Work]) -> dict:
@@ -335,19 +325,18 @@ class Trainer:
         device, method = self.accelerator.device, self.method
         tutored, kl = (torch.tensor([getattr(w, name) for w in batch], device=device) for name in ("tutored", "kl"))
         taught, penalised = [w for w in batch if w.tutored], [w for w in batch if w.kl]
-        inputs, mask = self._collate(batch, [w.prompt for w in batch])
-        teacher, ref_logp = {}, None
+        student_batch = self._collate(batch, [w.prompt for w in batch])
+        mask, teacher, ref_logp = student_batch.mask, {}, None
         with torch.no_grad(), self.accelerator.autocast():
             if taught:                          # the teacher: same image, same question, plus the hint; scores, never writes
-                hinted, hinted_mask = self._collate(taught, [w.hinted for w in taught])
-                states = self.reference.hidden(hinted, hinted_mask)[hinted_mask]
-                teacher = dict(tutored=tutored, teacher_hidden=states, teacher_head=self.reference.head, k=method.k)
+                hinted = self._collate(taught, [w.hinted for w in taught])
+                states = response_states(self.reference.model, hinted)[hinted.mask]
+                teacher = dict(tutored=tutored, teacher_states=states, teacher_head=self.reference.head, k=method.k)
             if penalised and method.beta_kl:    # the reference without the hint
-                plain, plain_mask = self._collate(penalised, [w.prompt for w in penalised])
-                scores = self.reference(plain, plain_mask, **self.settings)[0]
-                where = mask & kl.unsqueeze(1)
-                ref_logp = torch.zeros(mask.shape, device=device).masked_scatter(where, scores[plain_mask])
-        logp, entropy, jsd = self.student(inputs, mask, **teacher, **self.settings)
+                plain = self._collate(penalised, [w.prompt for w in penalised])
+                scores = self.reference(plain, **self.settings)[0]
+                ref_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask & kl.unsqueeze(1), scores[plain.mask])
+        logp, entropy, jsd = self.student(student_batch, **teacher, **self.settings)
         old = logp.detach()
         if batch[0].old_logp is not None:
             old = old.masked_scatter(mask, torch.cat([w.old_logp for w in batch]))
@@ -469,13 +458,13 @@ def main(argv=None) -> None:
         questions, held_out, note, path = read_inputs(cfg, accelerator.num_processes)
     except ValueError as error:
         parser.error(str(error))
-    accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
-    folder = RunFolder(path, {**asdict(cfg), **asdict(method), "model": str(cfg.model)}, accelerator.is_main_process)
     set_seed(cfg.seed, device_specific=True)
     torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     processor, student, reference = build(cfg, accelerator)
+    accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
+    folder = RunFolder(path, {**asdict(cfg), **asdict(method)}, accelerator.is_main_process)
     trainer = Trainer(cfg, method, accelerator, processor, student, reference)
     accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")

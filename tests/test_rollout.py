@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from hints import Hint, hinted_messages
 from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, encode_prompts, eos_tokens, extract_answer, load_processor,
-                     load_samples, plain_messages, reward, sample_groups, verify)
+                     load_samples, pad_prompts, plain_messages, response_states, reward, sample_groups, verify)
 from toy import world
 
 
@@ -78,25 +78,35 @@ def test_one_cell_is_one_image_token_and_nothing_is_unknown(base):
         assert not (prompt.ids == processor.tokenizer.unk_token_id).any()
 
 
-def test_padding_changes_no_logits(base):
-    """Prompts of different lengths, several images and none, padded together and alone."""
+def test_response_states_are_those_of_each_response_alone(base):
+    """Prompts of different lengths, one and two images, two responses on one prompt: together, prompts run once and padded, and alone in
+    one plain forward pass."""
     model, processor = base
     a, b = world.puzzles("heldout", 2)
     two = Sample("two", "How many points are in the star row?", "3", [a.images[0], b.images[0].resize((84, 56))])
-    text = Sample("text", "Which row is the star in?", "top", [])
-    samples = [a, two, b]
-    prompts = encode_prompts(processor, samples, [hinted_messages(a), plain_messages(two), plain_messages(b)])
-    responses = [[30, 31, 32], [33], [34, 35, 36, 37, 38]]
-    inputs, mask = collate(prompts, responses, processor.tokenizer.pad_token_id)
-    assert mask.tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5]
+    x, y, z = encode_prompts(processor, [a, two, b], [hinted_messages(a), plain_messages(two), plain_messages(b)])
+    prompts, responses = [x, y, x, z], [[30, 31, 32], [33], [34, 35, 36, 37, 38], [39, 40]]
+    batch = collate(prompts, responses, processor.tokenizer.pad_token_id)
+    assert batch.mask.tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5, [True] * 2 + [False] * 3]
+    assert batch.rows.tolist() == [0, 1, 0, 2] and len(batch.prompts["input_ids"]) == 3
     with torch.no_grad():
-        together = model(**inputs).logits[:, -6:-1]
+        states = response_states(model, batch)
         for i, (prompt, response) in enumerate(zip(prompts, responses)):
-            alone, _ = collate([prompt], [response], processor.tokenizer.pad_token_id)
-            n = len(response)
-            torch.testing.assert_close(together[i, :n], model(**alone).logits[0, -n - 1:-1], rtol=1e-4, atol=1e-4)
-        lonely, _ = collate(encode_prompts(processor, [text], [plain_messages(text)]), [[30]], processor.tokenizer.pad_token_id)
-        assert "pixel_values" not in lonely and torch.isfinite(model(**lonely).logits).all()
+            n, row = len(response), torch.cat([prompt.ids, torch.tensor(response)])[None]
+            types = torch.cat([prompt.types, torch.zeros(n, dtype=torch.long)])[None]
+            alone = model.model(input_ids=row, mm_token_type_ids=types, pixel_values=prompt.pixels, image_grid_thw=prompt.grid)
+            torch.testing.assert_close(states[i, :n], alone.last_hidden_state[0, -n - 1:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_text_only_after_images_does_not_use_stale_positions(base):
+    model, processor = base
+    text = Sample("text", "Which row is the star in?", "top", [])
+    response_states(model, collate(encode_prompts(processor, (s := world.puzzles("heldout", 1)), [plain_messages(s[0])]), [[30, 31]], 0))
+    prompt = encode_prompts(processor, [text], [plain_messages(text)])[0]
+    with torch.no_grad():
+        states = response_states(model, collate([prompt], [[30, 31, 32]], 0))
+        alone = model.model(input_ids=torch.cat([prompt.ids, torch.tensor([30, 31, 32])])[None]).last_hidden_state[:, -4:-1]
+    torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -135,7 +145,7 @@ def test_greedy_does_not_depend_on_batching_and_equals_generate(base):
     assert [g[0].ids for g in groups] == [g[0].ids for g in rollouts(base, samples, 1, temperature=0.0, batch=2)]
     prompts = encode_prompts(processor, samples, [plain_messages(s) for s in samples])
     for prompt, group in zip(prompts, groups):
-        inputs, _ = collate([prompt], [[]], processor.tokenizer.pad_token_id)
+        inputs = pad_prompts([prompt], processor.tokenizer.pad_token_id)
         plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, len(prompt.ids):].tolist()
         assert plain[:len(group[0].ids)] == group[0].ids
 

@@ -12,7 +12,7 @@ import train
 from hints import Hint
 from losses import topk_jsd
 from ptdpo import PTDPOConfig
-from rollout import encode_prompts, load_processor, plain_messages
+from rollout import load_processor
 from toy import world
 
 
@@ -108,7 +108,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert sorted(run.rglob("*")) == before
 
 
-REAL_SAMPLE = train.sample_groups
+REAL_SAMPLE, REAL_STATES = train.sample_groups, train.response_states
 
 
 # ---------------------------------------------------------------------------------------------------------------- the gradient
@@ -130,7 +130,7 @@ def assert_close(a, b, rtol):
 
 
 @pytest.mark.parametrize("lam", [0.0, 2.0])
-def test_gradient_equals_the_plain_formula(trainer, lam):
+def test_gradient_equals_the_plain_formula(trainer, lam, monkeypatch):
     """One response at a time, whole-vocabulary logits, no padding, no chunks. With lam 0: GRPO with a KL penalty, and no hinted pass."""
     trainer.method = PTDPOConfig(lam=lam, beta_kl=0.1, k=7)
     work = make_work(trainer, "unequal", range(4))
@@ -138,7 +138,8 @@ def test_gradient_equals_the_plain_formula(trainer, lam):
         for w in work:
             w.tutored, w.kl = False, True
     calls = []
-    hidden, trainer.reference.hidden = trainer.reference.hidden, lambda i, m: (calls.append(i["input_ids"].shape), hidden(i, m))[1]
+    monkeypatch.setattr(train, "response_states", lambda model, batch: (
+        calls.append(batch.prompts["input_ids"].shape[1]), REAL_STATES(model, batch))[1])
     trainer.accumulate(work)
     ours = gradient(trainer)
     trainer.policy.zero_grad()
@@ -166,7 +167,7 @@ def test_gradient_equals_the_plain_formula(trainer, lam):
         loss.backward()
     assert_close(ours, gradient(trainer), 1e-4)
     hinted_length = len(work[0].hinted.ids)
-    assert lam > 0 or all(shape[1] < hinted_length for shape in calls)
+    assert any(length >= hinted_length for length in calls) == (lam > 0)
 
 
 def test_micro_batches_do_not_change_the_gradient(trainer):
@@ -189,10 +190,10 @@ def test_the_hinted_prompt_has_the_same_image(trainer):
 
 def test_the_teacher_looks_at_the_image(trainer):
     work = make_work(trainer, "one", range(1))
-    inputs, mask = trainer._collate(work, [w.hinted for w in work])
-    seen = trainer.reference.hidden(inputs, mask)
-    inputs["pixel_values"] = inputs["pixel_values"].flip(0)
-    assert (trainer.reference.hidden(inputs, mask) - seen).abs().max() > 1e-2
+    batch = trainer._collate(work, [w.hinted for w in work])
+    seen = train.response_states(trainer.reference.model, batch)
+    batch.prompts["pixel_values"] = batch.prompts["pixel_values"].flip(0)
+    assert (train.response_states(trainer.reference.model, batch) - seen).abs().max() > 1e-2
 
 
 def test_ratio_is_one_on_the_first_pass_and_not_after():

@@ -19,8 +19,6 @@ everything that reinforcement or tutoring can add is the insight. The mix (`epis
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import random
 import sys
 import time
@@ -34,7 +32,7 @@ from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hints import answer_context, hinted_messages
-from rollout import ImageTextProcessor, Sample, collate, encode_prompts, plain_messages, sample_groups, verify
+from rollout import ImageTextProcessor, Sample, encode_prompts, pad_prompts, plain_messages, sample_groups, verify
 from toy import world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -153,10 +151,14 @@ class Episodes(torch.utils.data.Dataset):
             ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             items.append((sample, messages, ids, [not (mask_lines and t in places) for t in ids]))
         samples, chats, responses, keeps = zip(*items)
-        batch, mask = collate(encode_prompts(self.processor, samples, chats), responses, tokenizer.pad_token_id)
-        for row, keep in zip(mask, keeps):
-            row[:len(keep)] = torch.tensor(keep)
-        return batch, mask
+        T = max(map(len, responses))
+
+        def padded(rows, filler):
+            return torch.tensor([row + [filler] * (T - len(row)) for row in rows])
+        batch = pad_prompts(encode_prompts(self.processor, samples, chats), tokenizer.pad_token_id)
+        more = {"input_ids": padded(responses, tokenizer.pad_token_id), "attention_mask": padded([[1] * len(r) for r in responses], 0),
+                "mm_token_type_ids": padded([[]] * len(responses), 0)}
+        return {**batch, **{name: torch.cat([batch[name], x], 1) for name, x in more.items()}}, padded(keeps, False)
 
 
 def train(args) -> None:
@@ -191,7 +193,7 @@ def train(args) -> None:
     print(f"saved {args.out}")
 
 
-def table(model, processor, count=200) -> None:
+def table(model, processor, count=600) -> None:
     """Greedy accuracy on held-out puzzles by family and context."""
     samples = world.puzzles("heldout", count)
     contexts = {"plain": plain_messages, "hinted": hinted_messages, "told": lambda s: plain_messages(s, answer_context(s))}
@@ -201,7 +203,7 @@ def table(model, processor, count=200) -> None:
         right = [verify(group[0].text, s.answer) for group, s in zip(groups, samples)]
         by = {f: [r for r, s in zip(right, samples) if s.family == f] for f in world.FAMILIES}
         print(f"  {name:7s} {100 * sum(right) / len(right):5.1f} %  " +
-              "  ".join(f"{f} {100 * sum(r) / len(r):5.1f}" for f, r in by.items()) + f"", flush=True)
+              "  ".join(f"{f} {100 * sum(r) / len(r):5.1f}" for f, r in by.items()), flush=True)
 
 
 def main() -> None:
