@@ -1,18 +1,19 @@
 """Make toy/base: a tiny real Qwen2-VL that has the skill but not the insight.
 
-    python toy/make_base.py            # writes toy/base, prints the accuracy table; about 20 minutes on 2 cores
+    python toy/make_base.py            # writes toy/base, prints the accuracy table; about 25 minutes on 2 cores
 
-The base reads any row or column that its own text or its prompt names, and keeps a running sum. It also sees where the star and the
-ring are, when asked just that. What it was never shown is that the star question is about the star's row: on plain questions its
-demonstrations are right in form and read a *guessed* line. So it solves a puzzle with the hint and guesses without it, and
-everything that reinforcement or tutoring can add is the insight. The mix (`episode`):
+The base reads any row or column that its own text or its prompt names, keeps a running sum, and sees where the star and the ring are
+when it is asked. What it was never shown is that "the star row" means the row the star is in: on plain questions its
+demonstrations are right in form and read a line out of habit. So it solves a puzzle with the hint and not without it, and what
+reinforcement or tutoring can add is the insight. The mix of demonstrations (`episode`):
 
-    hinted  hint names the lines                        -> read them; in a fifth of them the prefix names a wrong line and the
-                                                           reading follows the prefix: a teacher must read what its prefix names
-    named   the question itself names the lines         -> read them
-    plain   the puzzle as the student meets it          -> read guessed lines (right by luck one time in four, or sixteen)
-    told    plain question + "the answer is n"          -> read guessed lines among those whose points fit n, then box n:
-                                                           the plain solver, conditioned on the told answer
+    hinted  hint names the lines                        -> read them; in a fifth of them the text names other lines and the reading
+                                                           follows the text: a teacher must read what its own prefix names
+    named   the question names the lines, or says       -> read them
+            "the row the star is in" (second stage)
+    plain   the puzzle as the student meets it          -> read a line out of habit, right by luck
+    told    plain question + "the answer is n"          -> read lines that fit n, drawn by the same habit, then box n: the plain
+                                                           solver, conditioned on the told answer
     where   which row / column is the star / ring in    -> the line
     grid    read all rows                               -> every cell: most of the first quarter, where seeing is learnt
 """
@@ -22,6 +23,7 @@ import argparse
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,43 +44,61 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-HABIT = (3, 1, 1, 1)            # how often a guess names the first, second, third, last line
-SHARES = {"hinted": 42, "named": 15, "plain": 20, "told": 11, "where": 9, "grid": 3}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of supervision. habit: how often a guess names the first, second, third, last line; shares: the mix; grid: share of grid
+    reading at the start, gone after a quarter; indirect: named questions may say "the row the star is in"."""
+    steps: int
+    lr: float
+    habit: tuple
+    shares: dict
+    grid: float
+    indirect: bool
+    first: int                  # its first episode
+
+
+STAGES = (Stage(2400, 2e-3, (3, 1, 1, 1), {"hinted": 42, "named": 15, "plain": 20, "told": 11, "where": 9, "grid": 3}, 0.9, False, 0),
+          Stage(700, 1e-3, (47, 1, 1, 1), {"hinted": 35, "named": 25, "plain": 20, "told": 9, "where": 8, "grid": 3}, 0.0, True, 10**8))
 
 
 # ----------------------------------------------------------------------------------------------------------- episodes
-def guessed_lines(puzzle: world.Puzzle, rng: random.Random, fit: bool = False) -> list:
+def guessed_lines(puzzle: world.Puzzle, rng: random.Random, habit: tuple, fit: bool = False) -> list:
     """Lines of the right kind at guessed places, right by luck sometimes. fit: redrawn until their points add up to the answer.
 
-    The guess has a habit (HABIT). Were it uniform, the least trace of the star's place would decide a greedy reading, and the base
-    would look as if it had the insight while its samples show that it has not (measured: greedy 45 %, sampled 30 %).
+    Why a habit and not a uniform guess: with one, the least trace of the star's place decided a greedy reading (45 % right where samples
+    were 30 % right), and every second group held a lucky success, so that plain GRPO found the insight as fast as tutoring did
+    (66.5 against 68.5 % after 60 steps). Tutoring is for the questions that sampling does not solve.
     """
     while True:
-        lines = [(kind, rng.choices(range(world.GRID), HABIT)[0]) for kind, _ in puzzle.lines]
+        lines = [(kind, rng.choices(range(world.GRID), habit)[0]) for kind, _ in puzzle.lines]
         if not fit or sum(world.line_points(puzzle.cells, line) for line in lines) == puzzle.answer:
             return lines
 
 
-def episode(index: int, grid_share: float) -> tuple[Sample, list, str, bool]:
+def episode(index: int, stage: Stage, grid_share: float) -> tuple[Sample, list, str, bool]:
     """Training episode `index` -> (sample, messages, response, mask_lines). mask_lines: no loss on the names of lines."""
     rng = random.Random(f"episode-{index}")
     puzzle = world.make_puzzle("train", 5 * 10**8 + index)       # far from the puzzles that RL trains on
     sample = world.sample(puzzle)
-    kind = "grid" if rng.random() < grid_share else rng.choices(list(SHARES), list(SHARES.values()))[0]
+    kind = "grid" if rng.random() < grid_share else rng.choices(list(stage.shares), list(stage.shares.values()))[0]
     if kind == "hinted":
         if rng.random() < 0.2:
             wrong = [(kind, rng.randrange(world.GRID)) for kind, _ in puzzle.lines]
             return sample, hinted_messages(sample), world.response(puzzle, rng, wrong), True
         return sample, hinted_messages(sample), world.response(puzzle, rng), False
     if kind == "plain":
-        return sample, plain_messages(sample), world.response(puzzle, rng, guessed_lines(puzzle, rng)), False
+        return sample, plain_messages(sample), world.response(puzzle, rng, guessed_lines(puzzle, rng, stage.habit)), False
     if kind == "told":
-        lines = guessed_lines(puzzle, rng, fit=True)
+        lines = guessed_lines(puzzle, rng, stage.habit, fit=True)
         return sample, plain_messages(sample, answer_context(sample)), world.response(puzzle, rng, lines), False
     if kind == "named":
         lines = [(kind, rng.randrange(world.GRID)) for kind, _ in puzzle.lines]
-        names = " plus ".join(world.line_name(line) for line in lines)
-        sample.question = f"How many points are in {names}?"
+        names = [world.line_name(line) for line in lines]
+        if stage.indirect and rng.random() < 0.5:
+            lines, names = puzzle.lines, [{"row": "the row the star is in", "column": "the column the ring is in"}[kind] for kind, _ in puzzle.lines]
+        sample.question = f"How many points are in {' plus '.join(names)}?"
         return sample, plain_messages(sample), world.response(puzzle, rng, lines), False
     if kind == "where":
         mark, axis = rng.choice(("star", "ring")), rng.choice(("row", "column"))
@@ -99,7 +119,7 @@ def make_processor() -> ImageTextProcessor:
     texts = ["user assistant system", " ".join(str(n) for n in range(28)), "Which row column is the star ring in?"]
     for i in range(400):
         for share in (0.0, 1.0):
-            sample, messages, response, _ = episode(i, share)
+            sample, messages, response, _ = episode(i, STAGES[0], share)
             texts += [messages[0]["content"][-1]["text"], response]
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocab = {word: i for i, word in enumerate([*SPECIAL, "<unk>", *words])}
@@ -135,16 +155,17 @@ def make_model(processor: ImageTextProcessor) -> Qwen2VLForConditionalGeneration
 class Episodes(torch.utils.data.Dataset):
     """Batch number i of the run, ready for the model: a function of i alone."""
 
-    def __init__(self, processor, batch, steps):
-        self.processor, self.batch, self.steps = processor, batch, steps
+    def __init__(self, processor, batch, stage):
+        self.processor, self.batch, self.stage = processor, batch, stage
 
     def __len__(self):
-        return self.steps
+        return self.stage.steps
 
     def __getitem__(self, i):
         torch.set_num_threads(1)
-        grid_share = max(0.0, 0.9 * (1 - 4 * i / self.steps))
-        episodes = [episode(i * self.batch + b, grid_share) for b in range(self.batch)]
+        stage = self.stage
+        grid_share = max(0.0, stage.grid * (1 - 4 * i / stage.steps))
+        episodes = [episode(stage.first + i * self.batch + b, stage, grid_share) for b in range(self.batch)]
         tokenizer, items = self.processor.tokenizer, []
         places = set(tokenizer.convert_tokens_to_ids([*world.ROWS, *world.COLUMNS]))
         for sample, messages, response, mask_lines in episodes:
@@ -161,19 +182,13 @@ class Episodes(torch.utils.data.Dataset):
         return {**batch, **{name: torch.cat([batch[name], x], 1) for name, x in more.items()}}, padded(keeps, False)
 
 
-def train(args) -> None:
-    """Supervise the base, save it, print the table."""
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    processor = make_processor()
-    model = make_model(processor)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}")
+def train(model, processor, stage: Stage, batch_size: int) -> None:
+    """One stage of supervision, in place."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    loader = torch.utils.data.DataLoader(Episodes(processor, args.batch, args.steps), batch_size=None, num_workers=1, prefetch_factor=8)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.lr, stage.steps, pct_start=0.1)
+    loader = torch.utils.data.DataLoader(Episodes(processor, batch_size, stage), batch_size=None, num_workers=1, prefetch_factor=8)
     start = time.time()
     for step, (batch, mask) in enumerate(loader, 1):
         ids, width = batch["input_ids"], mask.shape[1]
@@ -184,16 +199,11 @@ def train(args) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == args.steps:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
-        if step % args.eval_every == 0 or step == args.steps:
-            table(model, processor)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    processor.save_pretrained(args.out)
-    print(f"saved {args.out}")
+        if step % 100 == 0:
+            print(f"step {step:5d} of {stage.steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
 
 
-def table(model, processor, count=600) -> None:
+def table(model, processor, count=400) -> None:
     """Greedy accuracy on held-out puzzles by family and context."""
     samples = world.puzzles("heldout", count)
     contexts = {"plain": plain_messages, "hinted": hinted_messages, "told": lambda s: plain_messages(s, answer_context(s))}
@@ -207,15 +217,25 @@ def table(model, processor, count=600) -> None:
 
 
 def main() -> None:
+    """Both stages, saved after each; the second starts from what the first saved, rounding to bf16 included."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eval-every", type=int, default=600)
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "base"))
-    train(parser.parse_args())
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "base"), help="folder to write")
+    parser.add_argument("--from-stage", type=int, choices=(1, 2), default=1, help="2: go on from what stage 1 left in --out")
+    args = parser.parse_args()
+    torch.set_num_threads(2)            # sums depend on the number of threads
+    torch.set_flush_denormal(True)
+    processor = make_processor()
+    for number, stage in enumerate(STAGES, 1):
+        if number < args.from_stage:
+            continue
+        torch.manual_seed(0)
+        model = make_model(processor) if number == 1 else Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
+        print(f"stage {number}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}")
+        train(model.train(), processor, stage, 32)
+        table(model, processor)
+        model.to(torch.bfloat16).save_pretrained(args.out)
+        processor.save_pretrained(args.out)
+        print(f"saved {args.out}")
 
 
 if __name__ == "__main__":
