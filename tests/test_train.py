@@ -217,6 +217,9 @@ def test_routing_in_a_rollout(trainer):
         assert [w.tutored for w in group] == [f and n > 0 for f in failed]
         assert all(w.kl == (n == 0 or not any(failed)) for w in group)
         assert (group[0].hinted is not None) == any(w.tutored for w in group)
+        if group[0].hinted:
+            hinted, plain = (trainer.processor.tokenizer.decode(p.ids) for p in (group[0].hinted, group[0].prompt))
+            assert "Hint" in hinted and "Hint" not in plain
     assert row["tutored"] == pytest.approx(sum(w.tutored for g in work for w in g) / 36) and row["tutored"] > 0
 
 
