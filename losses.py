@@ -97,7 +97,7 @@ def topk_jsd(student_logits: Tensor, teacher_logits: Tensor, k: int = 100, tempe
     The support S is the union of the student's and the teacher's k most probable tokens. Both keep their exact probabilities on S
     and put the rest of their mass into one extra bucket; the result is the JSD of these two (|S| + 1)-way distributions. So
     0 <= topk_jsd <= full_jsd <= ln 2, and equality with full_jsd at k >= V. Its gradient in the student's logits is the divergence's
-    own (the choice of S is held fixed); the teacher is detached. PTD-PO, arXiv 2606.07000; PAPER idea "Top-K JSD with a tail".
+    own (the choice of S is held fixed); the teacher is detached. The tutoring loss of PTD-PO, arXiv 2606.07000.
 
     Raises ValueError for k < 1 or logits of different shapes.
     """

@@ -1,15 +1,15 @@
 """Train a vision-language model with PTD-PO. (arXiv 2606.07000)
 
 GRPO, plus one thing: a response that failed is also scored by the frozen starting model, which reads the same image and question and
-a hint; the student, who never reads the hint, is pulled toward it token by token. Sampling, the ratio and every evaluation use the
-plain prompt; the hint exists only inside phase 5, in the teacher's forward pass.
+a hint; the student, who never reads the hint, is pulled toward it token by token. Sampling, the ratio and the evaluation that counts use
+the plain prompt; the hint is read by the teacher in phase 5, and in the row "with the hint" of the table that a run ends with.
 
     python train.py                                              # embedded tiny Qwen2-VL, built-in puzzles, CPU, minutes
     python train.py --lam 0                                      # the same run as plain GRPO
     python train.py --model Qwen/Qwen2-VL-2B-Instruct            # one GPU
     accelerate launch --num_processes 8 train.py --model ...     # data-parallel
 
-The numbered phases of `train_step` are the method; the rest is reading and writing.
+The numbered phases, in `Trainer.rollout` and `Trainer.update`, are the method; the rest is reading and writing.
 """
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ class Work:
 
 
 class Trainer:
-    """What one process holds during a run; `step` is the method."""
+    """What one process holds during a run; `rollout` and `update` are the method."""
 
     def __init__(self, cfg, method, accelerator, processor, student, reference):
         self.cfg, self.method, self.accelerator, self.processor, self.reference = cfg, method, accelerator, processor, reference

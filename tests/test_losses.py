@@ -81,7 +81,7 @@ def test_teacher_is_detached_and_inputs_are_untouched():
 
 
 def test_released_formula_has_no_gradient_where_ours_has():
-    """The formula as PAPER.md 2.5 describes it: the weight p is detached, the mixture m is not."""
+    """Re-derived from what the released code does: the weight p is detached, the mixture m is not."""
     s, t = pair(4, 2000, seed=3)
 
     def released(x):
