@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2VLProcessor
+from transformers import AutoTokenizer, GenerationConfig, Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 FORMAT_PROMPT = "Put the final answer in \\boxed{}."      # ends every user turn, the student's and the teacher's alike
 
@@ -87,13 +88,15 @@ class ImageTextProcessor(Qwen2VLProcessor):
 
 
 def load_processor(path: str) -> ImageTextProcessor:
-    """The processor of a saved model, by pillow. TRAP: AutoProcessor on an image-only processor silently returns a tokenizer."""
+    """The processor of a saved model, by pillow. Raises ValueError where there is no chat template.
+
+    TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and AutoImageProcessor wants torchvision in some
+    versions; so each part is loaded by its class, which the three model families share.
+    """
     tokenizer = AutoTokenizer.from_pretrained(path)
-    images = AutoImageProcessor.from_pretrained(path, backend="pil")
-    processor = ImageTextProcessor.from_pretrained(path, image_processor=images, tokenizer=tokenizer)
-    if not processor.chat_template:
-        raise ValueError(f"{path}: neither its processor nor its tokenizer has a chat template, which ptdpo needs")
-    return processor
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path}: its tokenizer has no chat template, which ptdpo needs to build prompts")
+    return ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
 
 
 def plain_messages(sample: Sample, context: str = "") -> list[dict]:

@@ -12,6 +12,8 @@ def test_advantages_by_hand():
     adv = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64))
     np.testing.assert_allclose(adv[0].numpy(), [1.5, -0.5, -0.5, -0.5], rtol=1e-5)     # mean 1/4, unbiased std 1/2
     assert torch.equal(adv[1], torch.zeros(4, dtype=torch.float64))                   # exactly: nothing to learn from
+    same = torch.full((1, 8), 0.9)              # in float32 their mean is not 0.9: divided by eps, that would be an advantage of 0.056
+    assert same.mean() != same[0, 0] and torch.equal(group_advantages(same), torch.zeros(1, 8))
     with pytest.raises(ValueError, match="group size >= 2"):
         group_advantages(torch.zeros(3, 1))
 
