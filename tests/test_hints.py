@@ -35,6 +35,7 @@ def test_the_teacher_reads_the_student_s_prompt_plus_the_hint():
     plain, hinted = plain_messages(sample)[0]["content"], hinted_messages(sample)[0]["content"]
     assert plain[:2] == hinted[:2] == [{"type": "image"}] * 2
     assert HINT.render() not in plain[-1]["text"] and plain[-1]["text"].endswith(FORMAT_PROMPT)
+    assert HINT.render() in hinted[-1]["text"]
     assert hinted[-1]["text"].replace(HINT.render() + "\n", "") == plain[-1]["text"]
 
 
