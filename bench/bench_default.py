@@ -1,6 +1,6 @@
 """The default run and the same run as plain GRPO, seed by seed: accuracy, entropy, wall time, as a table.
 
-    python bench/bench_default.py --jobs 2             # 3 seeds x 2 arms, two runs at a time; about half an hour on 2 cores
+    python bench/bench_default.py --jobs 2             # 3 seeds x 2 arms, two runs at a time; 20 minutes on 2 cores
     python bench/bench_default.py --figure docs/default.png      # draw what has been measured (pip install matplotlib)
 
 Each finished run adds one line to bench/results/default.jsonl; runs that are there already are not repeated. Remove the file to
