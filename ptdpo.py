@@ -11,12 +11,12 @@ Every mean has its own denominator, counted over the whole optimizer step: all m
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from losses import k3_kl, masked_mean, policy_loss
+from losses import DIVERGENCES, SUPPORTS, k3_kl, masked_mean, policy_loss
 
 
 def option(default, text: str, toy=None, **more):
@@ -30,6 +30,11 @@ class PTDPOConfig:
     tau: float = option(1.0, "tutor groups whose accuracy is below this, in (0, 1] (paper: 1.0)")
     lam: float = option(0.05, "weight of the tutoring loss; 0 is GRPO (paper: 0.05 for 2B and 8B, 0.5 for 4B)", toy=10.0)
     k: int = option(100, "tokens each model puts into the divergence's support (paper: 100)", toy=20)
+    divergence: str = option("jsd", "pull toward the teacher; forward_kl is KL(teacher || student) (paper: jsd)", choices=tuple(DIVERGENCES))
+    support: str = option("union", "whose top k tokens the divergence keeps apart (paper: union)", choices=SUPPORTS)
+    ratio: str = option("token", "importance ratio: a token, or one a sequence (GSPO; the paper runs both)", choices=("token", "sequence"))
+    aggregate: str = option("token", "policy loss: mean over tokens (released recipe), over sequences' means (GSPO), or fixed length (Dr. GRPO)",
+                            choices=("token", "sequence", "fixed"))
     beta_kl: float = option(0.01, "weight of the KL penalty in untutored groups (paper: 0.01)")
     clip_low: float = option(0.2, "ratio clipped below at 1 - this (released recipe)")
     clip_high: float = option(0.3, "ratio clipped above at 1 + this (released recipe)")
@@ -42,6 +47,9 @@ class PTDPOConfig:
         for name, fine, rule in checks:
             if not fine:
                 raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+        for f in fields(self):
+            if "choices" in f.metadata and getattr(self, f.name) not in f.metadata["choices"]:
+                raise ValueError(f"--{f.name} must be one of {', '.join(f.metadata['choices'])}, got {getattr(self, f.name)!r}")
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
@@ -76,27 +84,32 @@ def route(correct: Tensor, has_hint: Tensor, tau: float = 1.0, lam: float = 1.0)
 
 
 def count_tokens(lengths: Tensor, routes: Route) -> Tensor:
-    """Tokens under each mean, as float64 (3,): all, tutored, KL. lengths (N, G): response lengths, EOS included.
+    """What the means divide by, as float64 (4,): tokens of all responses, of the tutored, of those with KL; responses.
 
-    Sum it over the processes before use; a mean over tokens is then the same however they are spread.
+    lengths (N, G): response lengths, EOS included. Sum it over the processes before use; a mean is then the same however they are spread.
     """
-    lengths = lengths.double()
-    return torch.stack([lengths.sum(), lengths[routes.tutored].sum(), lengths[routes.kl].sum()])
+    responses, lengths = torch.tensor(lengths.numel()).to(lengths), lengths.double()
+    return torch.stack([lengths.sum(), lengths[routes.tutored].sum(), lengths[routes.kl].sum(), responses.double()])
 
 
 def ptdpo_loss(cfg: PTDPOConfig, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, counts: Tensor,
                jsd: Tensor | None = None, tutored: Tensor | None = None, ref_logp: Tensor | None = None,
-               kl: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+               kl: Tensor | None = None, longest: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the step's loss: shares over micro-batches and processes add up to L.
 
     logp, old_logp (B, T): log-probs of the sampled tokens under the student (with gradient) and when sampled; mask (B, T) bool:
-    response tokens, EOS included; advantages (B,); counts (3,) from count_tokens, summed over the step.
+    response tokens, EOS included; advantages (B,); counts (4,) from count_tokens, summed over the step; longest: the limit on a
+    response's length, which aggregate "fixed" divides by. Tutoring and KL are always means over their tokens.
     jsd (B, T): Top-K JSD to the hinted teacher, read where `tutored` (B,) holds. ref_logp (B, T): the unhinted reference's
     log-probs, read where `kl` (B,) holds. Returns the loss and its three detached parts, unweighted.
     """
-    policy = policy_loss(logp, old_logp, advantages.unsqueeze(1).expand_as(logp), clip_low=cfg.clip_low,
-                         clip_high=cfg.clip_high, dual_clip=cfg.dual_clip)
-    parts = {"policy_loss": masked_mean(policy, mask, counts[0])}
+    policy = policy_loss(logp, old_logp, advantages.unsqueeze(1).expand_as(logp), mask, clip_low=cfg.clip_low,
+                         clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, ratio=cfg.ratio)
+    if cfg.aggregate == "token":
+        denominator = counts[0]
+    else:
+        denominator = counts[3] * (mask.sum(1, keepdim=True) if cfg.aggregate == "sequence" else longest)
+    parts = {"policy_loss": masked_mean(policy, mask, denominator)}
     loss = parts["policy_loss"]
     if jsd is not None:
         parts["tutor_loss"] = masked_mean(jsd, mask & tutored.unsqueeze(1), counts[1])

@@ -62,6 +62,7 @@ class TrainConfig:
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
     micro_batch: int = option(4, "responses in one forward pass, a process", toy=64)
+    logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
     sample_batch: int = option(64, "responses decoded together, a process", toy=256)
     precision: str = option("auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16"))
     eval_every: int = option(50, "steps between evaluations", toy=50)
@@ -74,7 +75,7 @@ class TrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "temperature", "top_p", "grad_clip"):
+        for name in ("lr", "temperature", "top_p", "grad_clip", "logits_mb"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
         for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
@@ -110,8 +111,9 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
         for f in fields(config):
             toy = f.metadata["toy"]
             shown = f.metadata.get("shown", f.default if toy is None else f"{f.default} | {toy}")
-            group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=f.metadata.get("choices"),
-                               metavar=f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
+            choices = f.metadata.get("choices")
+            group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices,
+                               metavar="|".join(choices) if choices else f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     toy = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
     made = []
@@ -239,7 +241,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, cfg.warmup)))
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         banned = torch.tensor(banned_tokens(self.policy, processor.tokenizer), device=accelerator.device)
-        self.settings = dict(temperature=cfg.temperature, banned=banned)
+        self.settings = dict(temperature=cfg.temperature, banned=banned, logits_mb=cfg.logits_mb)
         self.skipped = 0
 
     def rollout(self, samples: list[Sample]) -> tuple[list[list[Work]], dict]:
@@ -331,7 +333,8 @@ class Trainer:
             if taught:                          # the teacher: same image, same question, plus the hint; scores, never writes
                 hinted = self._collate(taught, [w.hinted for w in taught])
                 states = response_states(self.reference.model, hinted)[hinted.mask]
-                teacher = dict(tutored=tutored, teacher_states=states, teacher_head=self.reference.head, k=method.k)
+                teacher = dict(tutored=tutored, teacher_states=states, teacher_head=self.reference.head, k=method.k,
+                               divergence=method.divergence, support=method.support)
             if penalised and method.beta_kl:    # the reference without the hint
                 plain = self._collate(penalised, [w.prompt for w in penalised])
                 scores = self.reference(plain, **self.settings)[0]
@@ -341,7 +344,7 @@ class Trainer:
         if batch[0].old_logp is not None:
             old = old.masked_scatter(mask, torch.cat([w.old_logp for w in batch]))
         advantages = torch.tensor([w.advantage for w in batch], device=device)
-        loss, parts = ptdpo_loss(method, logp, old, advantages, mask, counts, jsd, tutored, ref_logp, kl)
+        loss, parts = ptdpo_loss(method, logp, old, advantages, mask, counts, jsd, tutored, ref_logp, kl, longest=self.cfg.max_new_tokens)
         parts["entropy"] = entropy.sum() / counts[0]
         parts["ratio"] = (torch.exp(logp.detach() - old) - 1).abs().max()
         return loss, parts

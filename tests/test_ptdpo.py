@@ -37,7 +37,7 @@ def test_tau_and_lam():
 
 def test_counts():
     lengths = torch.arange(1, 17).view(4, 4)
-    assert count_tokens(lengths, route(CORRECT, HINT)).tolist() == [136, 1 + 2 + 3 + 4 + 6, 9 + 10 + 11 + 12 + 13 + 14 + 15 + 16]
+    assert count_tokens(lengths, route(CORRECT, HINT)).tolist() == [136, 1 + 2 + 3 + 4 + 6, 9 + 10 + 11 + 12 + 13 + 14 + 15 + 16, 16]
 
 
 def batch(seed=0, b=6, t=5):
@@ -72,10 +72,32 @@ def test_loss_by_a_loop_over_tokens():
     assert abs(parts["tutor_loss"].item() - tutor / n[1]) < 1e-12 and abs(parts["kl"].item() - kl / n[2]) < 1e-12
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "fixed"])
+def test_ratio_and_aggregation_of_the_policy_loss(ratio, aggregate):
+    """Two loops: per-response sums by hand, divided in the three ways; tutoring and KL stay means over tokens."""
+    x, counts = batch(seed=7)
+    total = 0.0
+    for b in range(6):
+        n, a = int(x["mask"][b].sum()), x["advantages"][b].item()
+        log_w = (x["logp"][b] - x["old_logp"][b])[:n].tolist()
+        if ratio == "sequence":
+            log_w = [sum(log_w) / n] * n
+        terms = [min(math.exp(w) * a, min(max(math.exp(w), 0.8), 1.3) * a) for w in log_w]
+        share = -sum(max(term, 3 * a) if a < 0 else term for term in terms)
+        total += share / {"token": counts[0].item(), "sequence": 6 * n, "fixed": 6 * 9}[aggregate]
+    cfg = PTDPOConfig(ratio=ratio, aggregate=aggregate)
+    parts = ptdpo_loss(cfg, counts=counts, longest=9, **x)[1]
+    assert abs(parts["policy_loss"].item() - total) < 1e-12
+    others = ptdpo_loss(PTDPOConfig(), counts=counts, **x)[1]
+    assert parts["tutor_loss"] == others["tutor_loss"] and parts["kl"] == others["kl"]
+
+
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [5, 1], [1] * 6])
-def test_micro_batches_add_up(cuts):
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_micro_batches_add_up(cuts, aggregate):
     x, counts = batch(seed=4)
-    cfg = PTDPOConfig(lam=2.0)
+    cfg = PTDPOConfig(lam=2.0, aggregate=aggregate)
     whole = ptdpo_loss(cfg, counts=counts, **x)[0]
     parts, start = 0.0, 0
     for cut in cuts:                            # some of the pieces hold nobody to tutor
@@ -93,7 +115,8 @@ def test_fillers_outside_the_mask_do_not_reach_the_gradient():
     assert torch.isfinite(x["logp"].grad).all() and (x["logp"].grad[~x["mask"]] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [dict(tau=0.0), dict(tau=1.1), dict(k=0), dict(lam=-1.0), dict(beta_kl=-0.1), dict(dual_clip=1.0)])
+@pytest.mark.parametrize("bad", [dict(tau=0.0), dict(tau=1.1), dict(k=0), dict(lam=-1.0), dict(beta_kl=-0.1), dict(dual_clip=1.0),
+                                 dict(divergence="kl"), dict(support="both"), dict(ratio="word"), dict(aggregate="mean")])
 def test_config_names_the_option(bad):
     with pytest.raises(ValueError, match="--" + next(iter(bad)).replace("_", "-")):
         PTDPOConfig(**bad)
