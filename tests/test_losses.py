@@ -416,7 +416,7 @@ def test_vocabulary_sized_tensors_stay_within_the_budget_however_many_tokens():
     peaks = [live_peak(tokens, 8, 20_000, 5, 3.5, torch.float32, False, least=20_000 * 4) for tokens in (22, 50, 400)]
     chunk = chunk_tokens(20_000, 3.5)
     assert chunk == 22 and peaks == [chunk * 20_000 * 8] * 3 and peaks[0] <= 3.5 * 2**20
-    assert chunk_tokens(151_936, 0.001) == 1 and chunk_tokens(151_936, 512) == 441
+    assert chunk_tokens(151_936, 0.001) == 1 and chunk_tokens(151_936, 512) == 441 and chunk_tokens(151_936, 512, torch.float64) == 220
 
 
 # ---------------------------------------------------------------------------------------------------------- policy gradient

@@ -10,7 +10,7 @@ from two_processes import make_trainer, make_work
 
 import train
 from hints import Hint
-from losses import topk_jsd
+from losses import chunk_tokens, topk_jsd
 from ptdpo import PTDPOConfig
 from rollout import load_processor
 from toy import world
@@ -129,10 +129,10 @@ def assert_close(a, b, rtol):
         assert (a[name] - b[name]).abs().max() <= rtol * scale, name
 
 
-@pytest.mark.parametrize("lam", [0.0, 2.0])
-def test_gradient_equals_the_plain_formula(trainer, lam, monkeypatch):
+@pytest.mark.parametrize("lam,options", [(0.0, {}), (2.0, {}), (2.0, dict(divergence="reverse_kl", support="student", aggregate="fixed"))])
+def test_gradient_equals_the_plain_formula(trainer, lam, options, monkeypatch):
     """One response at a time, whole-vocabulary logits, no padding, no chunks. With lam 0: GRPO with a KL penalty, and no hinted pass."""
-    trainer.method = PTDPOConfig(lam=lam, beta_kl=0.1, k=7)
+    trainer.method = PTDPOConfig(lam=lam, beta_kl=0.1, k=7, **options)
     work = make_work(trainer, "unequal", range(4))
     if lam == 0:
         for w in work:
@@ -156,14 +156,15 @@ def test_gradient_equals_the_plain_formula(trainer, lam, monkeypatch):
         ids = torch.tensor(w.rollout.ids)
         z = logits(trainer.policy, w.prompt, w.rollout.ids)
         logp = z.log_softmax(-1)[torch.arange(len(ids)), ids]
-        loss = -(torch.exp(logp - logp.detach()) * w.advantage).sum() / n_all          # on policy: nothing is clipped
+        # on policy: nothing is clipped
+        loss = -(torch.exp(logp - logp.detach()) * w.advantage).sum() / (len(work) * trainer.cfg.max_new_tokens if options else n_all)
         with torch.no_grad():
             reference = logits(trainer.reference.model, w.prompt, w.rollout.ids).log_softmax(-1)[torch.arange(len(ids)), ids]
             teacher = logits(trainer.reference.model, w.hinted, w.rollout.ids)
         if w.kl:
             loss = loss + 0.1 * (torch.exp(reference - logp) - 1 - (reference - logp)).sum() / n_kl
         if w.tutored:
-            loss = loss + lam * topk_jsd(z, teacher, 7).sum() / n_tutor
+            loss = loss + lam * topk_jsd(z, teacher, 7, **{k: v for k, v in options.items() if k != "aggregate"}).sum() / n_tutor
         loss.backward()
     assert_close(ours, gradient(trainer), 1e-4)
     hinted_length = len(work[0].hinted.ids)
@@ -180,6 +181,15 @@ def test_micro_batches_do_not_change_the_gradient(trainer):
     for g, parts in grads[1:]:
         assert_close(g, grads[0][0], 1e-4)
         assert parts["tutor_loss"] == pytest.approx(grads[0][1]["tutor_loss"], rel=1e-4) and parts["tutor_loss"] > 0
+
+
+def test_logits_mb_reaches_the_head_and_does_not_change_the_gradient(trainer, monkeypatch):
+    trainer.accumulate(make_work(trainer, "unequal", range(2)))
+    small, budgets, real = make_trainer(logits_mb=0.01), [], train.head_scores
+    monkeypatch.setattr(train, "head_scores", lambda *args, **more: (budgets.append(more["logits_mb"]), real(*args, **more))[1])
+    small.accumulate(make_work(small, "unequal", range(2)))
+    assert set(budgets) == {0.01} and chunk_tokens(100, 0.01) == 13
+    assert_close(gradient(small), gradient(trainer), 1e-4)
 
 
 def test_the_hinted_prompt_has_the_same_image(trainer):
