@@ -86,10 +86,11 @@ def route(correct: Tensor, has_hint: Tensor, tau: float = 1.0, lam: float = 1.0)
 def count_tokens(lengths: Tensor, routes: Route) -> Tensor:
     """What the means divide by, as float64 (4,): tokens of all responses, of the tutored, of those with KL; responses.
 
-    lengths (N, G): response lengths, EOS included. Sum it over the processes before use; a mean is then the same however they are spread.
+    lengths (N, G): response lengths, EOS included; 0 for one that is left out. Sum it over the processes before use; a mean is then the
+    same however they are spread.
     """
-    responses, lengths = torch.tensor(lengths.numel()).to(lengths), lengths.double()
-    return torch.stack([lengths.sum(), lengths[routes.tutored].sum(), lengths[routes.kl].sum(), responses.double()])
+    lengths = lengths.double()
+    return torch.stack([lengths.sum(), lengths[routes.tutored].sum(), lengths[routes.kl].sum(), (lengths > 0).sum().double()])
 
 
 def ptdpo_loss(cfg: PTDPOConfig, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, counts: Tensor,

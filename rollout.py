@@ -6,8 +6,11 @@ Traps that cost hours are marked TRAP.
 """
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,18 +28,20 @@ FORMAT_PROMPT = "Put the final answer in \\boxed{}."      # ends every user turn
 @dataclass
 class Sample:
     """One verifiable question. images: PIL images or paths, in the order of the <image> marks in the question, if it has any.
-    hint: a hints.Hint or None; family: a free label for tables."""
+    hint: a hints.Hint or None; family: a free label for tables; choices: the options' texts of a multiple-choice question."""
     id: str
     question: str
     answer: str
     images: list
     hint: object | None = None
     family: str = ""
+    choices: list[str] | None = None
 
 
 def load_samples(path: str | Path, parse_hint=None) -> list[Sample]:
     """Read a .jsonl file: one object a line with question (or problem, prompt), answer, images (or image: a path or a list of paths,
-    relative to the file), and optionally id and hint (text, or an object with look, ignore, steps; read by `parse_hint`).
+    relative to the file), and optionally id, choices (a list of the options' texts) and hint (text, or an object with look, ignore, steps;
+    read by `parse_hint`).
 
     Every line and image is checked before anything is returned. Raises ValueError naming file, line and field.
     """
@@ -75,8 +80,11 @@ def _parse_line(row, default_id: str, folder: Path, parse_hint) -> Sample:
     marks = question.count("<image>")
     if marks and marks != len(images):
         raise ValueError(f"the question has {marks} <image> marks but there are {len(images)} images")
+    choices = row.get("choices") or None
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(c, (str, int, float)) for c in choices)):
+        raise ValueError("field 'choices': expected a list of texts")
     hint = parse_hint(row["hint"]) if parse_hint and row.get("hint") else None
-    return Sample(str(row.get("id", default_id)), question, str(answer).strip(), images, hint)
+    return Sample(str(row.get("id", default_id)), question, str(answer).strip(), images, hint, choices=choices and [str(c) for c in choices])
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
@@ -168,27 +176,34 @@ def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, devi
     return Batch(pad_prompts(different, pad_id, device), torch.tensor([place[id(p)] for p in prompts], device=device), ids, mask)
 
 
+def prefill(model, prompts: dict, rows: Tensor) -> tuple[Tensor, object, Tensor, Tensor]:
+    """Run each prompt once, its images included, for the rows (B,) that continue it, with gradient where it is enabled.
+
+    -> the state that predicts the first response token (B, 1, H), the cache (B rows), the attention mask (B, P), and the position of the
+    first response token (B, 1).
+    TRAP: with a cache, position ids must be given: left to itself, the model counts the image's tokens one by one, and no error
+    says so. rope_deltas is state that the last prefill left on the model: read it at once. After text alone it is stale.
+    """
+    out = model.model(**prompts, use_cache=True)
+    attended = prompts["attention_mask"]
+    deltas = model.model.rope_deltas if "pixel_values" in prompts else torch.zeros_like(attended[:, :1])
+    out.past_key_values.batch_select_indices(rows)
+    return out.last_hidden_state[:, -1:][rows], out.past_key_values, attended[rows], (attended.sum(1, keepdim=True) + deltas)[rows]
+
+
 def response_states(model, batch: Batch) -> Tensor:
     """Final hidden states (B, T, H), differentiable: state t is the one that predicts response token t, given the tokens before it.
 
-    Each prompt, its image included, runs once, and its keys and values serve all of its responses (gradients add up there).
-    TRAP: with a cache, position ids must be given: left to itself, the model counts the image's tokens one by one, and no error
-    says so. rope_deltas is state that the last prefill left on the model: read it at once.
+    Each prompt runs once, and its keys and values serve all of its responses (gradients add up there).
     """
-    out = model.model(**batch.prompts, use_cache=True)
-    deltas, attended = model.model.rope_deltas, batch.prompts["attention_mask"]
-    states = out.last_hidden_state[:, -1:][batch.rows]                                              # (B, 1, H): predicts token 0
+    first, cache, attended, start = prefill(model, batch.prompts, batch.rows)
     T = batch.ids.shape[1]
     if T == 1:
-        return states
-    out.past_key_values.batch_select_indices(batch.rows)
-    if "pixel_values" not in batch.prompts:
-        deltas = torch.zeros_like(attended[:, :1])      # text alone: the model has not set them, what is there is stale
-    start = (attended.sum(1, keepdim=True) + deltas)[batch.rows]                                    # (B, 1)
+        return first
     positions = (start + torch.arange(T - 1, device=start.device)).expand(3, -1, -1)                # (3, B, T - 1)
-    rest = model.model(input_ids=batch.ids[:, :-1], attention_mask=torch.cat([attended[batch.rows], batch.mask[:, :-1].long()], 1),
-                       position_ids=positions, past_key_values=out.past_key_values, use_cache=True)
-    return torch.cat([states, rest.last_hidden_state], 1)
+    rest = model.model(input_ids=batch.ids[:, :-1], attention_mask=torch.cat([attended, batch.mask[:, :-1].long()], 1),
+                       position_ids=positions, past_key_values=cache, use_cache=True)
+    return torch.cat([first, rest.last_hidden_state], 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -213,101 +228,447 @@ def banned_tokens(model, tokenizer) -> list[int]:
 
 @dataclass
 class Rollout:
-    """One response: token ids with EOS, decoded text; truncated: the length limit came before EOS; verdict and reward follow."""
+    """One response: token ids with EOS, decoded text; truncated: the length limit came before EOS; logp: the sampler's own log-probs at the
+    sampling temperature (None from model.generate); verdict and reward follow."""
     sample: Sample
     ids: list[int]
     text: str
     truncated: bool
+    logp: list[float] | None = None
     correct: bool = False
     reward: float = 0.0
 
 
-@torch.no_grad()
-def sample_groups(model, processor, samples: list[Sample], prompts: list[Prompt], group_size: int, *, max_new_tokens: int,
-                  temperature: float = 1.0, top_p: float = 1.0, batch: int = 256) -> list[list[Rollout]]:
-    """`group_size` responses to each prompt; temperature 0 is greedy. `batch`: sequences decoded together.
+def draw(logits: Tensor, uniform: Tensor | None, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """Next tokens (R,) and their log-probs (R,) at `temperature`, before truncation. logits (R, V) float32; None for uniform is greedy.
 
-    The draw depends on torch's global random state. The model's mode is restored.
+    uniform (R,) float64 in [0, 1): the token is where the cumulative probability passes it, so that a draw depends on its own row
+    alone. top_k > 0 keeps the k most probable tokens, top_p < 1 the fewest that hold this mass (nucleus sampling, arXiv 1904.09751).
     """
-    tokenizer, training = processor.tokenizer, model.training
-    eos = eos_tokens(model, tokenizer)
-    drawn = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
+    log_p = (logits if uniform is None else logits / temperature).log_softmax(-1)
+    if uniform is None:
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        p, order = log_p.exp(), None
+        if top_k or top_p < 1:
+            p, order = torch.sort(p, dim=-1, descending=True, stable=True)
+            outside = p.cumsum(-1) - p >= top_p
+            if top_k:
+                outside[:, top_k:] = True
+            p = p.masked_fill(outside, 0)
+        mass = p.double().cumsum(-1)                    # float32 sums over 150,000 tokens would move the borders
+        token = torch.searchsorted(mass, uniform.clamp(max=1 - 1e-9).unsqueeze(-1) * mass[:, -1:], right=True)
+        token = token if order is None else order.gather(-1, token)
+    return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
+
+
+def uniforms(keys: list[str], length: int) -> Tensor:
+    """(len(keys), length) float64 numbers in [0, 1), each row from its key alone: neither batches nor processes change what is drawn."""
+    rows = []
+    for key in keys:
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        rows.append(torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(rows)
+
+
+def sequence_bytes(model, length: int) -> int:
+    """Memory that one sequence of `length` tokens takes while it is decoded: keys, values, and a few copies of its next token's logits."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * length
+    return cache + 32 * model.get_output_embeddings().weight.shape[0]
+
+
+@torch.no_grad()
+def _decode(model, prompts: list[Prompt], noise: Tensor | None, eos: list[int], banned: list[int], pad: int, max_new_tokens: int,
+            **how) -> tuple[list[list[int]], list[list[float]]]:
+    """One response to each of R prompts (the same object runs once), and its log-probs. noise (R, max_new_tokens): see `draw`."""
+    device = model.device
+    different = list({id(p): p for p in prompts}.values())
+    place = {id(p): u for u, p in enumerate(different)}
+    live = torch.arange(len(prompts), device=device)            # which response each row of the cache writes
+    state, cache, attended, start = prefill(model, pad_prompts(different, pad, device), torch.tensor([place[id(p)] for p in prompts], device=device))
+    eos, banned = torch.tensor(eos, device=device), torch.tensor(banned, device=device)
+    noise = None if noise is None else noise.to(device)
+    ids = torch.full((len(prompts), max_new_tokens), pad, device=device)
+    logp, lengths = torch.zeros(ids.shape, device=device), torch.full_like(live, max_new_tokens)
+    done = torch.zeros_like(live, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        logits = model.get_output_embeddings()(state[:, -1]).float().index_fill(-1, banned, -math.inf)              # (R, V)
+        token, logp[live, t] = draw(logits, None if noise is None else noise[live, t], **how)
+        ids[live, t] = token
+        ended = torch.isin(token, eos) & ~done
+        lengths[live[ended]] = t + 1
+        done |= ended
+        if t == max_new_tokens - 1 or done.all():
+            break
+        if done.float().mean() >= 0.25:                         # rows that have ended leave; each time costs a copy of the cache
+            keep = (~done).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            live, attended, start, token, done = (x[keep] for x in (live, attended, start, token, done))
+        attended = torch.cat([attended, torch.ones_like(attended[:, :1])], 1)
+        state = model.model(input_ids=token.unsqueeze(1), attention_mask=attended, position_ids=(start + t).expand(3, -1, -1),
+                            past_key_values=cache, use_cache=True).last_hidden_state                                # (R, 1, H)
+    lengths = lengths.tolist()
+    return [row[:n] for row, n in zip(ids.tolist(), lengths)], [row[:n] for row, n in zip(logp.tolist(), lengths)]
+
+
+@torch.no_grad()
+def _generate(model, prompts: list[Prompt], eos: list[int], banned: list[int], pad: int, max_new_tokens: int, temperature: float,
+              top_p: float, top_k: int) -> tuple[list[list[int]], None]:
+    """The same by model.generate, every prompt as often as it has responses; draws from torch's global random state."""
+    drawn = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else dict(do_sample=False)
     # TRAP: whatever is left None here is filled in from the model's own generation config; Qwen ships a repetition penalty
-    config = GenerationConfig(max_new_tokens=max_new_tokens, num_return_sequences=group_size, eos_token_id=eos, num_beams=1,
-                              pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.0,
-                              suppress_tokens=banned_tokens(model, tokenizer), **drawn)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, num_beams=1, pad_token_id=pad, repetition_penalty=1.0,
+                              suppress_tokens=banned, **drawn)
+    inputs = pad_prompts(prompts, pad, model.device)
+    out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids)) for ids in out]
+    return [ids[:end] for ids, end in zip(out, ends)], [None] * len(out)
+
+
+def sample_groups(model, processor, samples: list[Sample], prompts: list[Prompt], group_size: int, *, max_new_tokens: int,
+                  temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, keys: list[str] | None = None,
+                  sample_mb: float = 4096, generate: str = "own") -> list[list[Rollout]]:
+    """`group_size` responses to each prompt; temperature 0 is greedy. EOS is kept; vision and special tokens are never drawn.
+
+    A prompt runs once for all of its responses that decode together. keys: one a question, what its draws are seeded with (default: the
+    samples' ids); batches and processes do not change them. sample_mb: MiB for the sequences that decode together; where memory runs out
+    all the same, their number is halved, once, with a message. generate: "own", or "hf" for model.generate, which draws from torch's
+    global random state. The model's mode is restored.
+    """
+    tokenizer, training, responses = processor.tokenizer, model.training, {}
+    special = eos_tokens(model, tokenizer), banned_tokens(model, tokenizer), tokenizer.pad_token_id
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    # like lengths together: less padding
+    rows = sorted(((n, g) for n in range(len(prompts)) for g in range(group_size)), key=lambda row: len(prompts[row[0]].ids))
+    together = max(1, int(sample_mb * 2**20) // sequence_bytes(model, max(len(p.ids) for p in prompts) + max_new_tokens)) if rows else 1
+    halved = False
     model.eval()
-    groups = []
-    step = max(1, batch // group_size)
-    for a in range(0, len(prompts), step):
-        inputs = pad_prompts(prompts[a:a + step], tokenizer.pad_token_id, model.device)
-        out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:].tolist()
-        for i, sample in enumerate(samples[a:a + step]):
-            groups.append([_cut(sample, ids, eos, tokenizer) for ids in out[i * group_size:(i + 1) * group_size]])
+    while rows:
+        part = rows[:together]
+        chosen, drawn = [prompts[n] for n, _ in part], None
+        try:
+            if generate == "hf":
+                drawn = _generate(model, chosen, *special, max_new_tokens, **how)
+            else:
+                names = [f"{keys[n] if keys else samples[n].id}-{g}" for n, g in part]
+                drawn = _decode(model, chosen, uniforms(names, max_new_tokens) if temperature > 0 else None, *special, max_new_tokens, **how)
+        except torch.OutOfMemoryError:
+            if halved or len(part) == 1:
+                raise
+        if drawn is None:                   # not within except, where the traceback still holds the tensors
+            halved, together = True, len(part) // 2
+            print(f"out of memory decoding {len(part)} sequences together; going on with {together} (--sample-mb sets this)", file=sys.stderr)
+            torch.cuda.empty_cache()
+            continue
+        responses.update(zip(part, zip(*drawn)))
+        rows = rows[len(part):]
     model.train(training)
-    return groups
+    eos = set(special[0])
+    return [[Rollout(sample, ids, tokenizer.decode(ids, skip_special_tokens=True), ids[-1] not in eos, logp)
+             for ids, logp in (responses[n, g] for g in range(group_size))] for n, sample in enumerate(samples)]
 
 
-def _cut(sample: Sample, ids: list[int], eos: list[int], tokenizer) -> Rollout:
-    """Cut generated ids behind the first EOS, which stays."""
-    end = next((i for i, token in enumerate(ids) if token in eos), None)
-    ids = ids if end is None else ids[:end + 1]
-    return Rollout(sample, ids, tokenizer.decode(ids, skip_special_tokens=True), truncated=end is None)
+# ------------------------------------------------------------------------------------------------------- answers: finding them
+LONGEST = 400       # characters of an answer that are read; what is longer is no answer. Keeps every pattern below cheap
 
 
-# ---------------------------------------------------------------------------------------------------- answers and rewards
 def extract_answer(text: str) -> str | None:
-    """The final answer of a response: its last \\boxed{...} (braces may nest), else <answer>...</answer>, else "answer: ..." on the last
-    line that has it. What comes before the last </think> is not looked at. None where there is nothing."""
-    text = text.rpartition("</think>")[2]
-    start = text.rfind("\\boxed{")
+    """The final answer of a response: its last \\boxed{...} (braces may nest), else the last <answer>...</answer>, else what follows
+    "answer:" or "answer is" on the last line that has it. Thinking, closed or not, is not looked at. None where there is nothing."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    start = text.rfind("\\boxed")
     if start >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for i in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[begin:i].strip() or None
-        return None                                          # never closed: cut off in the middle of its answer
+        return _braced(text[start + len("\\boxed"):][:LONGEST].lstrip())
     before, tag, rest = text.rpartition("<answer>")
-    if tag and "</answer>" in rest:
-        return rest.partition("</answer>")[0].strip() or None
-    found = [line[len("answer:"):] for line in map(str.strip, text.lower().splitlines()) if line.startswith("answer:")]
-    return (found[-1].strip() or None) if found else None
+    if tag:
+        inside, closed, _ = rest[:LONGEST].partition("</answer>")
+        return inside.strip() or None if closed else None
+    for line in reversed(text[-10 * LONGEST:].splitlines()):
+        found = re.search(r"\banswer\s*(?:is\b|:)\s*:?(.*)", line.replace("*", ""), re.I)
+        if found:
+            return found[1].strip() or None
+    return None
 
 
-def to_number(text: str) -> Fraction | None:
-    """The exact value of a number as people write it: 1,200  -3.5  2/4  50%  \\frac{1}{2}; None for anything else."""
-    text = re.sub(r"[\s$]|\\[,!; ]", "", text[:80]).rstrip(".")
-    text = re.sub(r"^([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1\2/\3", text)
-    match = re.fullmatch(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:/(\d+))?(\\?%)?", text)
-    if not match or not (match[2] or match[3]) or (match[4] and int(match[4]) == 0):
+def _braced(text: str) -> str | None:
+    """What stands between the brace that text starts with and its partner; None if there is no such pair."""
+    depth, skip = 0, False
+    for i, c in enumerate(text):
+        if skip or c == "\\":
+            skip = not skip             # \{ and \} are set braces, not grouping
+            continue
+        depth += {"{": 1, "}": -1}.get(c, 0)
+        if depth == 0:
+            return text[1:i].strip() or None if i else None
+    return None                         # never closed: cut off in the middle of its answer
+
+
+# ------------------------------------------------------------------------------------------------------ answers: comparing them
+_PLAIN = {"−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty",
+          "∪": "\\cup ", "∩": "\\cap ", "≤": "\\le ", "≥": "\\ge ", "°": " degrees ", "²": "^{2}", "³": "^{3}", "½": " 1/2", "⅓": " 1/3",
+          "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8", "\u00a0": " ", "’": "'", "‘": "'", "“": '"', "”": '"'}
+_LATEX = [(r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),                                               # 1\,200
+          (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\[,;!: ]|\\q?quad|~", " "),
+          (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\{,\}", ","), (r"\\%", "%"),
+          (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees"), (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"),
+          (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+          (r"^\s*(?:\$\$|\\\(|\\\[)|(?:\$\$|\\\)|\\\])\s*$", " "), (r"^\s*\$([^$]*)\$\s*$", r"\1"), (r"\\\$", "$")]
+_TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?|\\[a-zA-Z]+|sqrt|pi|\S")
+
+
+def _tidy(text: str) -> str:
+    """One spelling of the same answer: LaTeX's spacing and text commands gone, Unicode signs as LaTeX, a leading `x =` and a final stop gone."""
+    text = "".join(_PLAIN.get(c, c) for c in text)
+    for pattern, new in _LATEX:
+        text = re.sub(pattern, new, text)
+    text = " ".join(text.split()).rstrip(".,;:! ")
+    return re.sub(r"^\\?[a-zA-Z]{1,8}(?:_\{?\w\}?)? ?= ?(?=[^=])", "", text).strip()
+
+
+def to_number(text: str) -> Fraction | float | None:
+    """The value of a number as people write it, exact (a Fraction) where it is rational: 1,200  -3.5  2/4  50%  1 1/2  1.5e3
+    2\\sqrt{3}  \\frac{\\pi}{2}  3^{-2}; None for anything else. No eval; powers and lengths are bounded."""
+    try:
+        tokens = _TOKEN.findall(_tidy(text[:LONGEST]))
+        value, rest = _sum(tokens[:100] + [""])
+        return value if rest == [""] and len(tokens) <= 100 and abs(value) < 1e300 else None
+    except (ValueError, ArithmeticError, IndexError, RecursionError):       # not a number, or one out of all bounds
         return None
-    value = Fraction((match[2] or "0").replace(",", "") + (match[3] or "")) / int(match[4] or 1)
-    return (-value if match[1] == "-" else value) / (100 if match[5] else 1)
 
 
-def same_answer(given: str, answer: str) -> bool:
-    """Equal as numbers, as option letters ("(B)", "option B", "B."), or as text up to case, blanks and a final full stop."""
-    a, b = to_number(given), to_number(answer)
-    if a is not None or b is not None:
-        return a == b
-
-    def tidy(text):
-        text = re.sub(r"^\\(?:text|mathrm|textbf)\{(.*)\}$", r"\1", text.strip().strip("$").strip(), flags=re.S)
-        return " ".join(text.casefold().rstrip(".").split())
-    a, b = tidy(given), tidy(answer)
-    if re.fullmatch(r"\(?[a-z]\)?", b):
-        a, b = re.sub(r"^(?:option|choice)\s+", "", a).strip("()."), b.strip("()")
-    return a == b
+def _sum(tokens):
+    """value, remaining tokens; as do the three functions below. Raises ValueError where the grammar has no such number."""
+    value, tokens = _product(tokens)
+    while tokens[0] in ("+", "-"):
+        sign = 1 if tokens[0] == "+" else -1
+        other, tokens = _product(tokens[1:])
+        value += sign * other
+    return value, tokens
 
 
-def verify(response: str, answer: str) -> bool:
-    """Is the response's final answer the gold answer? No answer found, or one not understood, is False."""
+def _product(tokens):
+    if tokens[0] in ("+", "-") and tokens[1] not in ("+", "-"):
+        value, rest = _product(tokens[1:])
+        return (value if tokens[0] == "+" else -value), rest
+    value, tokens = _power(tokens)
+    while tokens[0] in ("*", "/", "(", "{", "\\frac", "\\sqrt", "sqrt", "\\pi", "pi"):
+        if tokens[0] in ("*", "/"):
+            other, rest = _power(tokens[2:] if tokens[1] == "-" else tokens[1:])
+            other = -other if tokens[1] == "-" else other
+            value, tokens = (value * other if tokens[0] == "*" else value / other), rest
+        else:                           # 2\pi
+            other, tokens = _power(tokens)
+            value *= other
+    return value, tokens
+
+
+def _power(tokens):
+    value, rest = _atom(tokens)
+    if tokens[0].isdigit():             # mixed numbers: 1 1/2, 1\frac{1}{2}
+        if rest[0] == "\\frac":
+            part, rest = _atom(rest)
+            value += part
+        elif rest[0].isdigit() and rest[1] == "/" and rest[2].isdigit():
+            value, rest = value + Fraction(int(rest[0]), int(rest[2])), rest[3:]
+    if rest[0] == "^":
+        negative = rest[1] == "-"
+        exponent, rest = _atom(rest[2:] if negative else rest[1:])
+        exponent = -exponent if negative else exponent
+        if abs(exponent) > 64 or abs(value) > 10**18:
+            raise ValueError("out of bounds")
+        value = value ** (int(exponent) if exponent == int(exponent) else float(exponent))
+        if isinstance(value, complex):
+            raise ValueError("not real")
+    if rest[0] == "%":
+        value, rest = value / 100, rest[1:]
+    return value, rest
+
+
+def _atom(tokens):
+    head, rest = tokens[0], tokens[1:]
+    if head in ("(", "{"):
+        value, rest = _sum(rest)
+        if rest[0] != (")" if head == "(" else "}"):
+            raise ValueError("not closed")
+        return value, rest[1:]
+    if head == "\\frac":
+        if rest[0].isdigit() and len(rest[0]) > 1:                  # \frac12
+            rest = [rest[0][0], rest[0][1:], *rest[1:]]
+        top, rest = _atom(rest)
+        bottom, rest = _atom(rest)
+        return top / bottom, rest
+    if head in ("\\sqrt", "sqrt"):
+        degree = 2
+        if rest[0] == "[":
+            degree, rest = int(rest[1]), rest[3:]
+        value, rest = _atom(rest)
+        if value < 0 or not 2 <= degree <= 9:
+            raise ValueError("not real")
+        roots = [round(float(x) ** (1 / degree)) for x in Fraction(value).as_integer_ratio()]
+        exact = Fraction(*roots) if roots[1] else None
+        return (exact if exact is not None and exact**degree == value else float(value) ** (1 / degree)), rest
+    if head in ("\\pi", "pi"):
+        return math.pi, rest
+    if not head[:1].isdigit() and head[:1] != ".":
+        raise ValueError(f"not a number: {head!r}")
+    return Fraction(head.replace(",", "")), rest
+
+
+# Each unit and its other names. Only these may stand behind a number that the gold answer has without a unit
+_UNITS = """cm centimeter centimeters centimetre centimetres; mm millimeter millimeters millimetre millimetres;
+    m meter meters metre metres; km kilometer kilometers kilometre kilometres; inch in inches; ft foot feet; yd yard yards; mile miles mi;
+    g gram grams; kg kilogram kilograms kilo kilos; mg milligram milligrams; lb lbs pound pounds; oz ounce ounces;
+    L l liter liters litre litres; ml mL milliliter milliliters millilitre millilitres;
+    s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years;
+    degrees degree deg; degrees_C degrees_Celsius Celsius; degrees_F degrees_Fahrenheit Fahrenheit; rad radian radians;
+    unit units; point points; $ dollar dollars USD; € euro euros EUR; £ GBP; cent cents; mph; J joule joules; N newton newtons; W watt watts;
+    V volt volts; A ampere amperes amps; Hz hertz; Pa pascal pascals; K kelvin; mol moles"""
+_UNIT_OF = {name.replace("_", " "): names.split()[0] for names in _UNITS.split(";") for name in names.split()}
+_NAMES = "|".join(re.escape(name) for name in sorted(_UNIT_OF, key=len, reverse=True))
+_UNIT = re.compile(rf"(?P<gap>^|(?<=[\d}})%])| )(?P<power>square |sq |cubic )?(?P<unit>{_NAMES})"
+                   rf"(?: ?\^ ?\{{?(?P<exponent>[23])\}}?)?(?: ?(?:/|per) ?(?P<per>{_NAMES}))?$")
+
+
+def _unit(text: str) -> tuple[str, tuple | None]:
+    """"5 cm^2" -> "5", ("cm", "2", None); "$5" -> "5", ("$", None, None); without a unit the text and None."""
+    if text[:1] in ("$", "€", "£"):
+        return text[1:].strip(), (text[0], None, None)
+    found = _UNIT.search(text)
+    if not found or not found.start() or (len(found["unit"]) == 1 and found["unit"].isalpha() and not found["gap"]):      # 2m may be 2 * m
+        return text, None
+    power = {"square ": "2", "sq ": "2", "cubic ": "3"}.get(found["power"], found["exponent"])
+    return text[:found.start()].strip(), (_UNIT_OF[found["unit"]], power, _UNIT_OF.get(found["per"]))
+
+
+def _parts(text: str) -> tuple[str, list[str]] | None:
+    """A tuple, interval, set or list -> its brackets ("" for a bare list) and its elements; None for anything else."""
+    bare = re.sub(r",? (?:and|or) ", ", ", text)
+    kind = ""
+    if text[:1] in ("(", "[", "⟨", "{") and text[-1:] in (")", "]", "⟩", "}"):
+        kind, bare = {"⟨": "{"}.get(text[0], text[0]) + {"⟩": "}"}.get(text[-1], text[-1]), text[1:-1]
+    depth, start, parts = 0, 0, []
+    for i, c in enumerate(bare):
+        depth += (c in "([{⟨") - (c in ")]}⟩")
+        if depth < 0:
+            return None                 # (1, 2) \cup (3, 4) has no outer pair
+        if c == "," and depth == 0:
+            parts.append(bare[start:i].strip())
+            start = i + 1
+    return (kind, [*parts, bare[start:].strip()]) if parts else None
+
+
+_YES = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_LETTER = re.compile(r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)?:? ?(?:is )?)[(\[]?([A-Za-z])[)\]]?(?:[.:)] ?(.*))?$", re.S)
+
+
+def _letter(text: str) -> tuple[str, str] | None:
+    """"(B)", "B.", "option b", "B: 12 cm" -> the letter and what follows it; None for anything else, several options included."""
+    found = _LETTER.match(text)
+    if not found or re.search(r"(?:^|[\s,;(])[A-Z][).:]", found[2] or ""):
+        return None
+    return found[1].upper(), (found[2] or "").strip()
+
+
+def _words(text: str) -> str:
+    if re.search(r"\d|\\", text):
+        return re.sub(r"\{(\w)\}", r"\1", text.replace(" ", "")).casefold()
+    return " ".join(w for w in re.sub(r"[\W_]+", " ", text.casefold()).split() if w not in ("a", "an", "the"))
+
+
+def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bool:
+    """Is `given` the gold `answer`? As numbers (exact value; the same unit, or one of them without), sets, tuples and intervals element by
+    element, yes/no, option letters or, with `choices`, an option's own text, and otherwise as text up to case, articles and punctuation.
+
+    Strict on purpose: a wrong answer that passes is learnt. What hedges ("5 or 6"), negates or lists every option is no answer.
+    """
+    if len(given) > LONGEST or len(answer) > LONGEST:
+        return False
+    if "\\boxed" in answer or "<answer>" in answer:
+        answer = extract_answer(answer) or answer
+    a, b = _tidy(given), _tidy(answer)
+    if choices:
+        picked, gold = _option(a, choices), _option(b, choices)
+        if gold is not None:
+            return picked == gold
+    elif re.fullmatch(r"[(\[]?[A-Za-z][)\]]?", b):
+        found = _letter(a)
+        return found is not None and found[0] == b.strip("()[]").upper()
+    return _same(a, b, 3)
+
+
+def _option(text: str, choices: list[str]) -> int | None:
+    """Which option a text picks: by its letter, alone or with the option's own text, or by that text if only one option has it."""
+    same = [i for i, choice in enumerate(choices) if _same(text, _tidy(str(choice)), 3)]
+    if len(same) == 1:
+        return same[0]
+    found = _letter(text)
+    if not found or not (place := ord(found[0]) - ord("A")) < len(choices):
+        return None
+    return place if not found[1] or _same(found[1], _tidy(str(choices[place])), 3) else None
+
+
+def _same(a: str, b: str, depth: int) -> bool:
+    (x, unit_a), (y, unit_b) = _unit(a), _unit(b)
+    value, gold = to_number(x), to_number(y)
+    if value is not None and gold is not None:
+        exact = isinstance(value, Fraction) and isinstance(gold, Fraction)
+        equal = value == gold if exact else math.isclose(value, gold, rel_tol=1e-12)
+        return equal and (unit_a is None or unit_b is None or unit_a == unit_b)
+    if value is not None or gold is not None:
+        return False
+    several, wanted = _parts(a), _parts(b)
+    if depth and several and wanted:
+        (kind, items), (gold_kind, golds) = several, wanted
+        if len(items) != len(golds) or {kind, gold_kind} - {"", "{}"} and kind != gold_kind:
+            return False
+        if kind not in ("", "{}"):
+            return all(_same(i, g, depth - 1) for i, g in zip(items, golds))
+        left = list(golds)
+        for item in items:              # unordered: each gold element is used once
+            match = next((g for g in left if _same(item, g, depth - 1)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return True
+    a, b = _words(a), _words(b)
+    return bool(b) and _YES.get(a, a) == _YES.get(b, b)
+
+
+def verify(response: str, answer: str, choices: list[str] | None = None) -> bool:
+    """Is the response's final answer the gold answer? No answer found, or one not understood, is False; never an exception."""
     given = extract_answer(response)
-    return given is not None and same_answer(given, answer)
+    return given is not None and same_answer(given, answer, choices)
 
 
-def reward(response: str, correct: bool, format_weight: float = 0.0) -> float:
-    """(1 - format_weight) * correct + format_weight * (a non-empty \\boxed{} ends the response). Routing never reads it."""
-    boxed = "\\boxed{" in response and extract_answer(response) is not None
-    return (1 - format_weight) * float(correct) + format_weight * float(boxed)
+def load_verifier(name: str):
+    """"rules": `verify`. "math": math-verify on the same extracted answer, for LaTeX beyond `to_number`; options stay with `verify`.
+
+    Raises ValueError where math-verify is not installed."""
+    if name == "rules":
+        return verify
+    try:
+        import math_verify
+    except ImportError:
+        raise ValueError("--verifier math needs math-verify: python -m pip install 'math-verify[antlr4_13_2]'") from None
+
+    def check(response: str, answer: str, choices: list[str] | None = None) -> bool:
+        given = extract_answer(response)
+        if choices or given is None:
+            return verify(response, answer, choices)
+        return bool(math_verify.verify(math_verify.parse(f"${answer}$"), math_verify.parse(f"${given[:LONGEST]}$")))
+    return check
+
+
+def reward(response: str, correct: bool, format_weight: float = 0.0, think: bool = False) -> float:
+    """(1 - format_weight) * correct + format_weight * (a non-empty \\boxed{} ends the response). Routing never reads it.
+
+    think: the boxed answer must stand behind thinking that is closed once, as the released recipe wants. The opening tag is not asked
+    for: a thinking model's template may have written it into the prompt.
+    """
+    thought, closed, after = response.partition("</think>")
+    fine = "\\boxed" in after + thought * (not think) and extract_answer(response) is not None
+    if think:
+        fine = fine and bool(closed) and "think>" not in after and "<think>" not in thought.strip().removeprefix("<think>")
+    return (1 - format_weight) * float(correct) + format_weight * float(fine)

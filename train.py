@@ -34,7 +34,7 @@ from hints import Hint, find_spoilers, hinted_messages
 from losses import head_scores
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
-                     plain_messages, response_states, reward, sample_groups, verify)
+                     load_verifier, plain_messages, response_states, reward, sample_groups)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -56,26 +56,31 @@ class TrainConfig:
     max_new_tokens: int = option(4096, "longest response, tokens (paper: 4096)", toy=48)
     temperature: float = option(1.0, "sampling temperature, also in the losses (paper: 1.0)")
     top_p: float = option(1.0, "sample from this much mass (paper: 0.99; 1 keeps scorer and sampler equal)")
-    format_weight: float = option(0.1, "share of the reward that is for a boxed answer (released recipe: 0.1)")
+    top_k: int = option(0, "sample from this many tokens; 0: all")
+    format_weight: float = option(0.1, "share of the reward that is for the format (released recipe: 0.1)")
+    format: str = option("boxed", "boxed answer; think: closed thinking, then a boxed answer (released recipe)", choices=("boxed", "think"))
     lr: float = option(1e-6, "AdamW learning rate (paper: 1e-6)", toy=1e-3)
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
     micro_batch: int = option(4, "responses in one forward pass, a process", toy=64)
     logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
-    sample_batch: int = option(64, "responses decoded together, a process", toy=256)
+    sample_mb: float = option(8192, "memory for the sequences that decode together, MiB, a process")
+    generate: str = option("own", "own sampler, or model.generate: slower, and draws depend on batches and processes", choices=("own", "hf"))
+    mask_truncated: bool = option(False, "leave responses that reach --max-new-tokens out of the loss")
+    verifier: str = option("rules", "rules: ours; math: math-verify, for more LaTeX (pip install math-verify)", choices=("rules", "math"))
     precision: str = option("auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16"))
     eval_every: int = option(50, "steps between evaluations", toy=50)
     eval_questions: int = option(400, "held-out questions an evaluation")
     seed: int = option(0, "seed of questions and sampling, 0 to 399")
 
     def __post_init__(self):
-        least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, sample_batch=1,
+        least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, top_k=0,
                      eval_every=1, eval_questions=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "temperature", "top_p", "grad_clip", "logits_mb"):
+        for name in ("lr", "temperature", "top_p", "grad_clip", "logits_mb", "sample_mb"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
         for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
@@ -112,6 +117,9 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
             toy = f.metadata["toy"]
             shown = f.metadata.get("shown", f.default if toy is None else f"{f.default} | {toy}")
             choices = f.metadata.get("choices")
+            if f.type == "bool":
+                group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
+                continue
             group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices,
                                metavar="|".join(choices) if choices else f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -150,6 +158,7 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
     """
     if cfg.questions % world_size:
         raise ValueError(f"--questions {cfg.questions} must be a multiple of the {world_size} processes")
+    load_verifier(cfg.verifier)
     local = Path(cfg.model)
     if not local.exists() and (local.is_absolute() or cfg.model.startswith(".") or cfg.model.count("/") != 1):
         raise ValueError(f"--model {cfg.model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct")
@@ -218,13 +227,14 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
 # ------------------------------------------------------------------------------------------------------------------- step
 @dataclass
 class Work:
-    """One response on its way through an optimizer step."""
+    """One response on its way through an optimizer step. used False (a truncated one, with --mask-truncated): in no loss."""
     rollout: Rollout
     prompt: Prompt
     hinted: Prompt | None
     advantage: float
     tutored: bool
     kl: bool
+    used: bool = True
     old_logp: torch.Tensor | None = None
 
 
@@ -242,21 +252,26 @@ class Trainer:
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         banned = torch.tensor(banned_tokens(self.policy, processor.tokenizer), device=accelerator.device)
         self.settings = dict(temperature=cfg.temperature, banned=banned, logits_mb=cfg.logits_mb)
+        self.verify = load_verifier(cfg.verifier)
+        self.sampling = dict(max_new_tokens=cfg.max_new_tokens, sample_mb=cfg.sample_mb, generate=cfg.generate)
         self.skipped = 0
 
-    def rollout(self, samples: list[Sample]) -> tuple[list[list[Work]], dict]:
-        """Phases 1 to 4 for this process's questions: -> one list of Work a question, and what the log says of them."""
+    def rollout(self, samples: list[Sample], keys: list[str] | None = None) -> tuple[list[list[Work]], dict]:
+        """Phases 1 to 4 for this process's questions: -> one list of Work a question, and what the log says of them.
+
+        keys: one a question, what its draws are seeded with (default: the samples' ids).
+        """
         cfg, method = self.cfg, self.method
         # 1 read
         prompts = encode_prompts(self.processor, samples, [plain_messages(s) for s in samples])
         # 2 sample: the student acts on the plain prompt
         with self.accelerator.autocast():
-            groups = sample_groups(self.policy, self.processor, samples, prompts, cfg.group_size, batch=cfg.sample_batch,
-                                   max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p)
+            groups = sample_groups(self.policy, self.processor, samples, prompts, cfg.group_size, keys=keys, temperature=cfg.temperature,
+                                   top_p=cfg.top_p, top_k=cfg.top_k, **self.sampling)
         # 3 verify
         for rollout in (r for group in groups for r in group):
-            rollout.correct = verify(rollout.text, rollout.sample.answer)
-            rollout.reward = reward(rollout.text, rollout.correct, cfg.format_weight)
+            rollout.correct = self.verify(rollout.text, rollout.sample.answer, rollout.sample.choices)
+            rollout.reward = reward(rollout.text, rollout.correct, cfg.format_weight, think=cfg.format == "think")
         rewards = torch.tensor([[r.reward for r in group] for group in groups])                     # (N, G)
         correct = torch.tensor([[r.correct for r in group] for group in groups])                    # (N, G)
         # 4 route
@@ -265,8 +280,9 @@ class Trainer:
         work = []
         for n, (sample, prompt, group) in enumerate(zip(samples, prompts, groups)):
             hinted = encode_prompts(self.processor, [sample], [hinted_messages(sample)])[0] if routes.tutored[n].any() else None
-            work.append([Work(r, prompt, hinted, advantages[n, g].item(), routes.tutored[n, g].item(), routes.kl[n, g].item())
-                         for g, r in enumerate(group)])
+            used = [not (cfg.mask_truncated and r.truncated) for r in group]
+            work.append([Work(r, prompt, hinted, advantages[n, g].item(), routes.tutored[n, g].item() and used[g],
+                              routes.kl[n, g].item() and used[g], used[g]) for g, r in enumerate(group)])
         if cfg.updates > 1:                     # with one update a batch the sampling policy is the current one: ratio 1
             flat = [w for group in work for w in group]
             for batch in self._micro_batches(flat):
@@ -292,9 +308,9 @@ class Trainer:
         """Phase 5: the gradient of one optimizer step, over micro-batches and processes. Returns the step's loss parts."""
         accelerator = self.accelerator
         tutored, kl = torch.tensor([w.tutored for w in work]), torch.tensor([w.kl for w in work])
-        lengths = torch.tensor([len(w.rollout.ids) for w in work])
+        lengths = torch.tensor([len(w.rollout.ids) * w.used for w in work])
         counts = accelerator.reduce(count_tokens(lengths, Route(tutored, kl)).to(accelerator.device))
-        names, ratio = ("policy_loss", "tutor_loss", "kl", "entropy"), 0.0
+        names, worst = ("policy_loss", "tutor_loss", "kl", "entropy"), torch.zeros(2, device=accelerator.device)
         sums = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
         self.student.train()
         batches = self._micro_batches(work)
@@ -303,10 +319,10 @@ class Trainer:
                 loss, parts = self.loss(batch, counts)
                 # gradients are averaged over processes, and the denominators are already global: undo the average
                 accelerator.backward(loss * accelerator.num_processes)
-            ratio = max(ratio, float(parts["ratio"]))
+            worst = torch.maximum(worst, parts["worst"])
             sums += torch.stack([parts.get(name, loss.new_zeros(())).double() for name in names])
-        ratio = accelerator.gather(torch.tensor([ratio], device=accelerator.device)).max()
-        return {**dict(zip(names, accelerator.reduce(sums).tolist())), "ratio_max": float(ratio)}
+        ratio, gap = accelerator.gather(worst.unsqueeze(0)).amax(0).tolist()
+        return {**dict(zip(names, accelerator.reduce(sums).tolist())), "ratio_max": ratio, "sampler_gap": gap}
 
     def update(self, work: list[Work]) -> dict:
         """Phases 5 and 6: accumulate, then step unless the gradient is not finite."""
@@ -323,11 +339,13 @@ class Trainer:
         return {**parts, "grad_norm": float(norm), "skipped_steps": self.skipped}
 
     def loss(self, batch: list[Work], counts: torch.Tensor):
-        """This micro-batch's share of the step's loss, and its parts (shares as well, but `ratio`: max |ratio - 1|)."""
+        """This micro-batch's share of the step's loss, and its parts: shares as well, but `worst`: the largest |ratio - 1|, and the largest difference
+        between the scorer's and the sampler's log-probs of a token at the time of sampling (0 from model.generate, which gives none)."""
         device, method = self.accelerator.device, self.method
         tutored, kl = (torch.tensor([getattr(w, name) for w in batch], device=device) for name in ("tutored", "kl"))
         taught, penalised = [w for w in batch if w.tutored], [w for w in batch if w.kl]
         student_batch = self._collate(batch, [w.prompt for w in batch])
+        student_batch.mask &= torch.tensor([w.used for w in batch], device=device).unsqueeze(1)
         mask, teacher, ref_logp = student_batch.mask, {}, None
         with torch.no_grad(), self.accelerator.autocast():
             if taught:                          # the teacher: same image, same question, plus the hint; scores, never writes
@@ -342,24 +360,27 @@ class Trainer:
         logp, entropy, jsd = self.student(student_batch, **teacher, **self.settings)
         old = logp.detach()
         if batch[0].old_logp is not None:
-            old = old.masked_scatter(mask, torch.cat([w.old_logp for w in batch]))
+            old = old.masked_scatter(mask, torch.cat([w.old_logp for w in batch if w.used]))
         advantages = torch.tensor([w.advantage for w in batch], device=device)
         loss, parts = ptdpo_loss(method, logp, old, advantages, mask, counts, jsd, tutored, ref_logp, kl, longest=self.cfg.max_new_tokens)
         parts["entropy"] = entropy.sum() / counts[0]
-        parts["ratio"] = (torch.exp(logp.detach() - old) - 1).abs().max()
+        sampler = old
+        if batch[0].rollout.logp is not None:
+            drawn = torch.tensor([x for w in batch if w.used for x in w.rollout.logp], device=device)
+            sampler = old.masked_scatter(mask, drawn)
+        parts["worst"] = torch.stack([(torch.exp(logp.detach() - old) - 1).abs().max(), (old - sampler).abs().max()])
         return loss, parts
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -> dict:
     """Greedy accuracy and mean length over all processes. messages: plain_messages (the measure) or hinted_messages (the teacher's view)."""
-    accelerator, cfg = trainer.accelerator, trainer.cfg
+    accelerator = trainer.accelerator
     mine = [s for s in samples if messages is plain_messages or s.hint][accelerator.process_index::accelerator.num_processes]
     prompts = encode_prompts(trainer.processor, mine, [messages(s) for s in mine])
     with accelerator.autocast():
-        groups = sample_groups(trainer.policy, trainer.processor, mine, prompts, 1, max_new_tokens=cfg.max_new_tokens,
-                               temperature=0.0, batch=cfg.sample_batch)
-    right = [verify(g[0].text, s.answer) for s, g in zip(mine, groups)]
+        groups = sample_groups(trainer.policy, trainer.processor, mine, prompts, 1, temperature=0.0, **trainer.sampling)
+    right = [trainer.verify(g[0].text, s.answer, s.choices) for s, g in zip(mine, groups)]
     total = accelerator.reduce(torch.tensor([sum(right), sum(len(g[0].ids) for g in groups), len(mine)], dtype=torch.float64,
                                             device=accelerator.device)).tolist()
     return {"accuracy": total[0] / max(1, total[2]), "length": total[1] / max(1, total[2]), "questions": int(total[2])}
@@ -414,7 +435,7 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
         if not work:
             first, per = (step - 1) * cfg.questions, cfg.questions // world_size
             indices = range(first + rank, first + cfg.questions * cfg.updates, world_size)
-            work, row = trainer.rollout([questions[i] for i in indices])
+            work, row = trainer.rollout([questions[i] for i in indices], [f"{cfg.seed}-{i}" for i in indices])
             folder.append("samples.jsonl", sample_row(step, work[0]))
         sampled = time.time()
         losses = trainer.update([w for group in work[:per] for w in group])

@@ -1,15 +1,22 @@
 """rollout.py: reading, prompts, sampling, the verifier, padding."""
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+import rollout
 from hints import Hint, hinted_messages
-from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, encode_prompts, eos_tokens, extract_answer, load_processor,
-                     load_samples, pad_prompts, plain_messages, response_states, reward, sample_groups, verify)
+from losses import head_scores
+from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, draw, encode_prompts, eos_tokens, extract_answer, load_processor,
+                     load_samples, load_verifier, pad_prompts, plain_messages, prefill, response_states, reward, sample_groups,
+                     sequence_bytes, uniforms, verify)
 from toy import world
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -138,16 +145,129 @@ def test_sampled_responses_end_with_eos_and_hold_no_banned_token(base):
     assert len({tuple(r.ids) for r in groups[0]}) > 1
 
 
-def test_greedy_does_not_depend_on_batching_and_equals_generate(base):
-    model, processor = base
-    samples = world.puzzles("heldout", 5)
-    groups = rollouts(base, samples, 1, temperature=0.0)
-    assert [g[0].ids for g in groups] == [g[0].ids for g in rollouts(base, samples, 1, temperature=0.0, batch=2)]
-    prompts = encode_prompts(processor, samples, [plain_messages(s) for s in samples])
-    for prompt, group in zip(prompts, groups):
+def mixed():
+    """Questions with one image, two images of different sizes, and none."""
+    a, b = world.puzzles("heldout", 2)
+    return [a, Sample("two", "How many points are in the star row?", "3", [a.images[0], b.images[0].resize((84, 56))]),
+            Sample("text", "Which row is the star in?", "top", []), b]
+
+
+@pytest.mark.parametrize("questions", [[0], [1], [2], [0, 3], [0, 1, 2, 3]])
+def test_greedy_equals_generate_for_each_class(tiny, questions):
+    """Alone, and together in one left-padded batch, against each question's own model.generate."""
+    model, processor = tiny
+    samples = [mixed()[i] for i in questions]
+    groups = rollouts(tiny, samples, 2, temperature=0.0)
+    for prompt, group in zip(encode_prompts(processor, samples, [plain_messages(s) for s in samples]), groups):
         inputs = pad_prompts([prompt], processor.tokenizer.pad_token_id)
-        plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, len(prompt.ids):].tolist()
-        assert plain[:len(group[0].ids)] == group[0].ids
+        out = model.generate(**inputs, max_new_tokens=40, do_sample=False, suppress_tokens=banned_tokens(model, processor.tokenizer))
+        plain = out[0, len(prompt.ids):].tolist()
+        assert len(set(plain)) > 3, "a constant output would prove little"
+        assert all(r.ids == plain[:len(r.ids)] and (len(r.ids) == len(plain)) for r in group)
+
+
+def test_greedy_of_the_embedded_model_equals_generate(base):
+    """Responses of many lengths: rows leave the batch as they end."""
+    samples = world.puzzles("heldout", 12)
+    own, plain = (rollouts(base, samples, 1, temperature=0.0, generate=how) for how in ("own", "hf"))
+    assert [g[0].ids for g in own] == [g[0].ids for g in plain] and len({len(g[0].ids) for g in own}) > 1
+    assert not any(g[0].truncated for g in own) and plain[0][0].logp is None
+
+
+def test_rows_that_have_ended_leave_the_batch(base, monkeypatch):
+    samples, sizes = world.puzzles("heldout", 12), []
+    forward = base[0].model.forward
+    monkeypatch.setattr(base[0].model, "forward", lambda *args, **more: (sizes.append(len(more["input_ids"])), forward(*args, **more))[1])
+    lengths = [len(r.ids) for g in rollouts(base, samples, 3, temperature=1.5) for r in g]
+    assert sizes[:2] == [12, 36], "each prompt runs once, then its three responses"
+    for t, rows in enumerate(sizes[2:], 2):
+        alive = sum(n > t for n in lengths)
+        assert alive <= rows <= max(alive / 0.75, 1), "at most a quarter of the rows is idle"
+    assert len(sizes) == max(lengths) and sizes[-1] < 36
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 1.5}])
+def test_draws_depend_on_the_key_alone(base, how):
+    """Not on what is decoded beside a response, nor on torch's global state."""
+    samples = world.puzzles("heldout", 5)
+
+    def ids(groups):
+        return [[r.ids for r in g] for g in groups]
+    model = base[0]
+    together = ids(rollouts(base, samples, 4, **how))
+    one = sequence_bytes(model, 100) / 2**20
+    torch.manual_seed(99)
+    assert ids(rollouts(base, samples, 4, sample_mb=3 * one, **how)) == together
+    assert ids(rollouts(base, samples[2:4], 4, **how)) == together[2:4]
+    assert [g[:2] for g in together] == ids(rollouts(base, samples, 2, **how))
+    other = ids(rollouts(base, samples, 4, keys=[f"again {i}" for i in range(5)], **how))
+    assert other != together and ids(rollouts(base, samples, 4, keys=[f"again {i}" for i in range(5)], **how)) == other
+
+
+def test_draw_follows_the_distribution():
+    """Evenly spread uniforms hit each token as often as its probability says; top-k and top-p leave exactly the tokens they should."""
+    p = torch.tensor([0.0, 0.4, 0.02, 0.3, 0.18, 0.1])
+    n = 10_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+    def shares(temperature=1.0, **how):
+        token, logp = draw(p.log().expand(n, -1), u, temperature, **how)
+        warm = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+        torch.testing.assert_close(logp, warm.log()[token], rtol=1e-5, atol=1e-6)       # of the whole distribution, truncated or not
+        return np.bincount(token.numpy(), minlength=6) / n
+    np.testing.assert_allclose(shares(), p, atol=2 / n)
+    warm = np.sqrt(p.numpy()) / np.sqrt(p.numpy()).sum()
+    np.testing.assert_allclose(shares(temperature=2.0), warm, atol=2 / n)
+    np.testing.assert_allclose(shares(top_k=2), np.array([0, 4, 0, 3, 0, 0]) / 7, atol=2 / n)
+    np.testing.assert_allclose(shares(top_p=0.75), np.array([0, 0.4, 0, 0.3, 0.18, 0]) / 0.88, atol=2 / n)      # 0.7 is not yet enough
+    np.testing.assert_allclose(shares(top_p=0.35), [0, 1, 0, 0, 0, 0], atol=0)
+    np.testing.assert_allclose(shares(top_p=0.75, top_k=2), np.array([0, 4, 0, 3, 0, 0]) / 7, atol=2 / n)
+    ends = draw(p.log().expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))[0].tolist()
+    assert ends == [1, 5], "0 must not draw a token of probability 0"
+    assert draw(p.log()[None], None)[0].item() == 1
+    assert uniforms(["a", "b", "a"], 3).tolist()[0] == uniforms(["a"], 3).tolist()[0] and len(set(uniforms(["a", "b"], 2).flatten().tolist())) == 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_scorer_agrees_with_the_sampler(tiny, temperature):
+    """Log-probs of a response by the scorer, prompts padded and run once, against the sampler's own, token by token."""
+    model, processor = tiny
+    samples = mixed()
+    prompts = encode_prompts(processor, samples, [plain_messages(s) for s in samples])
+    flat = [r for g in rollouts(tiny, samples, 2, temperature=temperature) for r in g]
+    batch = collate([p for p in prompts for _ in range(2)], [r.ids for r in flat], processor.tokenizer.pad_token_id)
+    with torch.no_grad():
+        states = response_states(model, batch)[batch.mask]
+        logp = head_scores(states, model.get_output_embeddings(), batch.ids[batch.mask], temperature=temperature,
+                           banned=torch.tensor(banned_tokens(model, processor.tokenizer)))[0]
+    own = torch.tensor([x for r in flat for x in r.logp])
+    assert own.std() > 0.3 and (logp - own).abs().max() < 1e-4
+
+
+def test_running_out_of_memory_halves_the_batch_once_and_loses_nothing(base, monkeypatch, capsys):
+    samples = world.puzzles("heldout", 3)
+    whole = [[r.ids for r in g] for g in rollouts(base, samples, 4)]
+    decode, sizes, limit = rollout._decode, [], 8
+
+    def fragile(model, prompts, *args, **more):
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(model, prompts, *args, **more)
+    monkeypatch.setattr(rollout, "_decode", fragile)
+    assert [[r.ids for r in g] for g in rollouts(base, samples, 4)] == whole and sizes == [12, 6, 6]
+    assert "out of memory decoding 12 sequences together; going on with 6" in capsys.readouterr().err
+    limit = 4
+    with pytest.raises(torch.OutOfMemoryError):
+        rollouts(base, samples, 4)
+
+
+def test_sequence_bytes_is_the_cache_s_size(tiny):
+    model, processor = tiny
+    prompt = encode_prompts(processor, mixed()[:1], [plain_messages(mixed()[0])])[0]
+    cache = prefill(model, pad_prompts([prompt], 0), torch.tensor([0, 0, 0]))[1]
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert size == 3 * (sequence_bytes(model, len(prompt.ids)) - sequence_bytes(model, 0))
 
 
 def test_the_model_s_own_generation_settings_do_not_leak_in(base):
@@ -173,23 +293,62 @@ def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
-RIGHT = [("7", "7"), ("7.0", "7"), ("1,200", "1200"), ("50%", "0.5"), ("\\frac{1}{2}", "0.5"), ("2/4", "1/2"), ("-3", "-3"), ("$12$", "12"),
-         ("(B)", "B"), ("b.", "B"), ("option B", "B"), ("B", "(B)"), ("Red  House.", "red house"), ("\\text{Yes}", "yes"), ("+5", "5"), (".5", "0.5")]
-WRONG = [("7", "8"), ("15", "5"), ("not 5", "5"), ("5 or 6", "5"), ("-3", "3"), ("A, B", "B"), ("AB", "B"), ("1,20", "120"), ("1/0", "0"),
-         ("5%", "5"), ("red", "red house"), ("", "5"), ("5x", "5"), ("--5", "5"), ("1.2.3", "1.2")]
+def labelled():
+    """tests/answers.tsv: verdict | gold | given | options."""
+    for number, line in enumerate((ROOT / "tests" / "answers.tsv").read_text(encoding="utf-8").splitlines(), 1):
+        if line[:1] in ("+", "-"):
+            verdict, gold, given, *choices = line.split("|")
+            yield number, verdict == "+", gold, given, choices[0].split(";") if choices else None
 
 
-@pytest.mark.parametrize("given,answer", RIGHT)
-def test_verify_right(given, answer):
-    assert verify(f"\\boxed{{{given}}}", answer)
+def test_labelled_answers():
+    rows = list(labelled())
+    wrong = [row for row in rows if verify(f"So it is \\boxed{{{row[3]}}}.", row[2], row[4]) != row[1]]
+    assert not wrong and len(rows) >= 400 and 150 < sum(row[1] for row in rows) < len(rows) - 150
 
 
-@pytest.mark.parametrize("given,answer", WRONG)
-def test_verify_wrong(given, answer):
-    assert not verify(f"\\boxed{{{given}}}", answer)
+def test_the_verifier_never_raises():
+    """Noise, half-open LaTeX, endless nesting, powers of powers: False, whatever the gold answer; and True only for what equals it."""
+    generator = np.random.default_rng(0)
+    pieces = ["\\boxed{", "}", "{", "\\frac", "\\sqrt", "^", "(", ")", "[", ",", "1", "9", "e", ".", "/", "-", "%", "$", "\\", " ", "cm", "\\text{", "\x00",
+              "\ud800", "½", "√", "°", "A", "yes", "<answer>", "</answer>", "</think>", "answer:", "\n", "and", "⟨", "\\{", "!"]
+    golds = ["5", "1/2", "(1, 2)", "B", "yes", "red", "\\sqrt{2}", "5 cm", ""]
+    for _ in range(3000):
+        text = "".join(generator.choice(pieces, generator.integers(1, 30)))
+        for gold in golds:
+            assert verify(text, gold) in (True, False) and verify("\\boxed{" + text, gold, ["1", "2"]) in (True, False)
+    for monster in ("\\boxed{" * 100_000, "\\boxed{" + "{" * 10**6, "\\boxed{" + "(" * 10**6, "answer " * 10**5, "<answer>" * 10**5, "\n" * 10**6,
+                    "\\boxed{" + "-" * 390 + "1}", "\\boxed{" + "(9^64)" * 60 + "}", "\\boxed{((((9^64)^64)^64)^64)}", "\\boxed{1e999}",
+                    "\\boxed{" + "(1," * 90 + "}", "\\boxed{5" + " " * 10**6 + "}"):
+        assert not any(verify(monster, gold) for gold in golds)
+
+
+@pytest.mark.parametrize("text,answer", [
+    ("**Final answer:** 12 cm\n", "12 cm"), ("The answer is 12.\nDone.", "12."), ("the answer is: 7", "7"), ("Answer: 1\nAnswer: 2", "2"),
+    ("\\boxed {5}", "5"), ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"), ("<answer>5", None), ("<think> \\boxed{5}", None), ("\\boxed{1} <think> \\boxed{2}", "1"),
+    ("a</think>b</think>\\boxed{3}", "3"), ("answers: none", None), ("\\boxed{" + "1" * 500 + "}", None), ("\\boxed{5} and \\boxed{6", None)])
+def test_extract_answer_in_other_dresses(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_math_verify_is_optional():
+    assert load_verifier("rules") is verify
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install 'math-verify"):
+            load_verifier("math")
+    else:
+        check = load_verifier("math")
+        assert check("\\boxed{\\frac{2}{4}}", "0.5") and check("\\boxed{(x+1)^2}", "x^2+2x+1") and check("\\boxed{(B) red}", "B", ["blue", "red"])
+        assert not check("\\boxed{5}", "6") and not check("nothing", "6")
 
 
 def test_reward():
     assert reward("\\boxed{7}", True) == 1.0 and reward("\\boxed{7}", False) == 0.0
     assert reward("\\boxed{7}", False, 0.1) == pytest.approx(0.1) and reward("answer: 7", True, 0.1) == pytest.approx(0.9)
     assert reward("\\boxed{", False, 0.1) == 0.0
+    thought = "so it is</think> \\boxed{7}"
+    assert reward(thought, True, 0.1, think=True) == 1.0 and reward("<think>" + thought, True, 0.1, think=True) == 1.0
+    for text in ("\\boxed{7}", "\\boxed{7}</think>", "a</think>b</think>\\boxed{7}", "a</think>7", "a<think>b</think>\\boxed{7}"):
+        assert reward(text, False, 0.1, think=True) == 0.0

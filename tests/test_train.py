@@ -216,6 +216,36 @@ def test_ratio_is_one_on_the_first_pass_and_not_after():
     assert trainer.update([w for group in work[2:] for w in group])["ratio_max"] > 1e-3
 
 
+def test_truncated_responses_can_be_left_out_of_the_loss(trainer):
+    """Their step is the step of the others alone, and they stay in their group's advantages."""
+    short = dict(group_size=6, max_new_tokens=24)
+    samples = [world.sample(world.make_puzzle("tune", i)) for i in range(6)]
+    masked = make_trainer(mask_truncated=True, **short)
+    work, row = masked.rollout(samples)
+    flat = [w for group in work for w in group]
+    assert 0 < row["truncated"] < 1 and [w.used for w in flat] == [not w.rollout.truncated for w in flat]
+    assert not any((w.tutored or w.kl) and not w.used for w in flat) and any(w.tutored for w in flat)
+    parts = masked.accumulate(flat)
+    other = trainer.accumulate([w for w in flat if w.used])
+    assert_close(gradient(masked), gradient(trainer), 1e-4)
+    assert {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in other.items()} == parts
+    kept, everything = make_trainer(**short).rollout(samples)[0], [[w.advantage for w in group] for group in work]
+    assert [[w.advantage for w in group] for group in kept] == everything and all(w.used for group in kept for w in group)
+    nothing = [w for w in flat if not w.used]
+    masked.policy.zero_grad()
+    assert masked.accumulate(nothing)["policy_loss"] == 0 and all((p.grad == 0).all() for p in masked.policy.parameters())
+
+
+def test_draws_are_keyed_by_seed_and_question(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    monkeypatch.setattr(train, "sample_groups", lambda *args, **more: (keys.append(more.get("keys")), REAL_SAMPLE(*args, **more))[1])
+    train.main([*TINY, "--name", "t", "--seed", "3"])
+    assert [k for k in keys if k] == [["3-0", "3-1"], ["3-2", "3-3"]]
+    metrics = [json.loads(line) for line in (tmp_path / "runs" / "t" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < m["sampler_gap"] < 1e-3 for m in metrics[1:])
+
+
 def test_routing_in_a_rollout(trainer):
     trainer.cfg.group_size, trainer.cfg.max_new_tokens = 6, 40
     torch.manual_seed(1)
