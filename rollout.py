@@ -28,7 +28,8 @@ FORMAT_PROMPT = "Put the final answer in \\boxed{}."      # ends every user turn
 @dataclass
 class Sample:
     """One verifiable question. images: PIL images or paths, in the order of the <image> marks in the question, if it has any.
-    hint: a hints.Hint or None; family: a free label for tables; choices: the options' texts of a multiple-choice question."""
+    hint: a hints.Hint or None; family: a free label for tables; choices: the options' texts of a multiple-choice question; solution: a
+    worked one, which only a teacher of the comparison reads."""
     id: str
     question: str
     answer: str
@@ -36,23 +37,27 @@ class Sample:
     hint: object | None = None
     family: str = ""
     choices: list[str] | None = None
+    solution: str | None = None
 
 
 def load_samples(path: str | Path, parse_hint=None) -> list[Sample]:
     """Read a .jsonl file: one object a line with question (or problem, prompt), answer, images (or image: a path or a list of paths,
-    relative to the file), and optionally id, choices (a list of the options' texts) and hint (text, or an object with look, ignore, steps;
-    read by `parse_hint`).
+    relative to the file), and optionally id, choices (a list of the options' texts), solution and hint (text, or an object with look,
+    ignore, steps; read by `parse_hint`).
 
     Every line and image is checked before anything is returned. Raises ValueError naming file, line and field.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data takes a .jsonl with question, answer, images and hint")
-    samples = []
+    samples, lines = [], {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
                 samples.append(_parse_line(json.loads(line), f"{path.stem}-{number}", path.parent, parse_hint))
+                first = lines.setdefault(samples[-1].id, number)
+                if first != number:
+                    raise ValueError(f"field 'id': {samples[-1].id!r} is the id of line {first} already")
             except ValueError as error:                       # JSONDecodeError is one
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not samples:
@@ -84,7 +89,8 @@ def _parse_line(row, default_id: str, folder: Path, parse_hint) -> Sample:
     if choices is not None and not (isinstance(choices, list) and all(isinstance(c, (str, int, float)) for c in choices)):
         raise ValueError("field 'choices': expected a list of texts")
     hint = parse_hint(row["hint"]) if parse_hint and row.get("hint") else None
-    return Sample(str(row.get("id", default_id)), question, str(answer).strip(), images, hint, choices=choices and [str(c) for c in choices])
+    return Sample(str(row.get("id", default_id)), question, str(answer).strip(), images, hint,
+                  choices=choices and [str(c) for c in choices], solution=str(row["solution"]) if row.get("solution") else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
@@ -107,14 +113,18 @@ def load_processor(path: str) -> ImageTextProcessor:
     return ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
 
 
-def plain_messages(sample: Sample, context: str = "") -> list[dict]:
-    """The chat that the student gets: images, question, format instruction. `context` (a hint) goes between the last two."""
-    text = "\n".join(part for part in (sample.question, context, FORMAT_PROMPT) if part)
+def user_turn(sample: Sample, text: str) -> dict:
+    """A chat turn of the sample's images and `text`: the images first, or where the text has its <image> marks."""
     parts = text.split("<image>") if "<image>" in sample.question else [""] * len(sample.images) + [text]
     content = []
     for i, part in enumerate(parts):
         content += ([{"type": "image"}] if i else []) + ([{"type": "text", "text": part}] if part else [])
-    return [{"role": "user", "content": content}]
+    return {"role": "user", "content": content}
+
+
+def plain_messages(sample: Sample, context: str = "") -> list[dict]:
+    """The chat that the student gets: images, question, format instruction. `context` (a hint) goes between the last two."""
+    return [user_turn(sample, "\n".join(part for part in (sample.question, context, FORMAT_PROMPT) if part))]
 
 
 @dataclass
@@ -126,12 +136,17 @@ class Prompt:
     grid: Tensor | None
 
 
+def open_image(image: Image.Image | str | Path) -> Image.Image:
+    """A sample's image, in RGB if it comes from a file."""
+    return image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+
+
 def encode_prompts(processor, samples: list[Sample], messages: list[list[dict]]) -> list[Prompt]:
     """Render the chats, expand image tokens, turn images into patches. One Prompt a sample, on the CPU."""
     prompts = []
     for sample, chat in zip(samples, messages, strict=True):
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        images = [i if isinstance(i, Image.Image) else Image.open(i).convert("RGB") for i in sample.images]
+        images = [open_image(i) for i in sample.images]
         got = processor(text=[text], images=images or None, return_tensors="pt", return_mm_token_type_ids=True)
         prompts.append(Prompt(got["input_ids"][0], got["mm_token_type_ids"][0], got.get("pixel_values"), got.get("image_grid_thw")))
     return prompts
@@ -245,21 +260,21 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float = 1.0, top_p
     uniform (R,) float64 in [0, 1): the token is where the cumulative probability passes it, so that a draw depends on its own row
     alone. top_k > 0 keeps the k most probable tokens, top_p < 1 the fewest that hold this mass (nucleus sampling, arXiv 1904.09751).
     """
-    log_p = (logits if uniform is None else logits / temperature).log_softmax(-1)
+    p = (logits if uniform is None else logits / temperature).softmax(-1)
     if uniform is None:
         token = logits.argmax(-1, keepdim=True)
     else:
-        p, order = log_p.exp(), None
+        kept, order = p, None
         if top_k or top_p < 1:
-            p, order = torch.sort(p, dim=-1, descending=True, stable=True)
-            outside = p.cumsum(-1) - p >= top_p
+            kept, order = torch.sort(p, dim=-1, descending=True, stable=True)
+            outside = kept.cumsum(-1) - kept >= top_p
             if top_k:
                 outside[:, top_k:] = True
-            p = p.masked_fill(outside, 0)
-        mass = p.double().cumsum(-1)                    # float32 sums over 150,000 tokens would move the borders
+            kept = kept.masked_fill(outside, 0)
+        mass = kept.cumsum(-1, dtype=torch.float64)     # float32 sums over 150,000 tokens would move the borders
         token = torch.searchsorted(mass, uniform.clamp(max=1 - 1e-9).unsqueeze(-1) * mass[:, -1:], right=True)
         token = token if order is None else order.gather(-1, token)
-    return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
+    return token.squeeze(-1), p.gather(-1, token).log().squeeze(-1)
 
 
 def uniforms(keys: list[str], length: int) -> Tensor:
@@ -293,8 +308,11 @@ def _decode(model, prompts: list[Prompt], noise: Tensor | None, eos: list[int], 
     ids = torch.full((len(prompts), max_new_tokens), pad, device=device)
     logp, lengths = torch.zeros(ids.shape, device=device), torch.full_like(live, max_new_tokens)
     done = torch.zeros_like(live, dtype=torch.bool)
+    head = model.get_output_embeddings()
     for t in range(max_new_tokens):
-        logits = model.get_output_embeddings()(state[:, -1]).float().index_fill(-1, banned, -math.inf)              # (R, V)
+        # W x^T, not x W^T: for a dozen rows and a large vocabulary a CPU's matrix product is 1.6 times as fast in this order
+        logits = (head.weight @ state[:, -1].T).T.float().contiguous()                                              # (R, V)
+        logits.index_fill_(-1, banned, -math.inf)
         token, logp[live, t] = draw(logits, None if noise is None else noise[live, t], **how)
         ids[live, t] = token
         ended = torch.isin(token, eos) & ~done
@@ -418,12 +436,17 @@ _LATEX = [(r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),                              
 _TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?|\\[a-zA-Z]+|sqrt|pi|\S")
 
 
-def _tidy(text: str) -> str:
-    """One spelling of the same answer: LaTeX's spacing and text commands gone, Unicode signs as LaTeX, a leading `x =` and a final stop gone."""
+def plain_latex(text: str) -> str:
+    """One spelling: LaTeX's spacing, text and mathematics commands gone, Unicode signs as LaTeX, blanks single."""
     text = "".join(_PLAIN.get(c, c) for c in text)
     for pattern, new in _LATEX:
         text = re.sub(pattern, new, text)
-    text = " ".join(text.split()).rstrip(".,;:! ")
+    return " ".join(text.split())
+
+
+def _tidy(text: str) -> str:
+    """An answer in plain_latex without a leading `x =` and a final stop."""
+    text = plain_latex(text).rstrip(".,;:! ")
     return re.sub(r"^\\?[a-zA-Z]{1,8}(?:_\{?\w\}?)? ?= ?(?=[^=])", "", text).strip()
 
 
@@ -531,7 +554,7 @@ _UNIT = re.compile(rf"(?P<gap>^|(?<=[\d}})%])| )(?P<power>square |sq |cubic )?(?
                    rf"(?: ?\^ ?\{{?(?P<exponent>[23])\}}?)?(?: ?(?:/|per) ?(?P<per>{_NAMES}))?$")
 
 
-def _unit(text: str) -> tuple[str, tuple | None]:
+def split_unit(text: str) -> tuple[str, tuple | None]:
     """"5 cm^2" -> "5", ("cm", "2", None); "$5" -> "5", ("$", None, None); without a unit the text and None."""
     if text[:1] in ("$", "€", "£"):
         return text[1:].strip(), (text[0], None, None)
@@ -589,7 +612,7 @@ def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bo
         answer = extract_answer(answer) or answer
     a, b = _tidy(given), _tidy(answer)
     if choices:
-        picked, gold = _option(a, choices), _option(b, choices)
+        picked, gold = pick_option(a, choices), pick_option(b, choices)
         if gold is not None:
             return picked == gold
     elif re.fullmatch(r"[(\[]?[A-Za-z][)\]]?", b):
@@ -598,7 +621,7 @@ def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bo
     return _same(a, b, 3)
 
 
-def _option(text: str, choices: list[str]) -> int | None:
+def pick_option(text: str, choices: list[str]) -> int | None:
     """Which option a text picks: by its letter, alone or with the option's own text, or by that text if only one option has it."""
     same = [i for i, choice in enumerate(choices) if _same(text, _tidy(str(choice)), 3)]
     if len(same) == 1:
@@ -610,7 +633,7 @@ def _option(text: str, choices: list[str]) -> int | None:
 
 
 def _same(a: str, b: str, depth: int) -> bool:
-    (x, unit_a), (y, unit_b) = _unit(a), _unit(b)
+    (x, unit_a), (y, unit_b) = split_unit(a), split_unit(b)
     value, gold = to_number(x), to_number(y)
     if value is not None and gold is not None:
         exact = isinstance(value, Fraction) and isinstance(gold, Fraction)

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
-from hints import Hint, find_spoilers, hinted_messages
+from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
 from losses import head_scores
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
@@ -48,6 +48,10 @@ class TrainConfig:
     model: str = option(EMBEDDED, "model, by hub name or path (embedded: toy/base)", shown="toy/base")
     data: str = option("", "questions, a .jsonl file (built-in puzzles if empty)", shown="puzzles")
     eval_data: str = option("", "held-out questions, a .jsonl file (held-out puzzles if empty)", shown="puzzles")
+    hints: str = option("", "hints for --data by id, as hints.py writes them", shown="the data's own")
+    max_hint_tokens: int = option(512, "a longer hint is dropped, never cut")
+    teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
+    audit_hints: bool = option(False, "no training: how often the frozen model is right from hints without the picture, on --eval-questions")
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=250)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=24)
@@ -76,7 +80,7 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, top_k=0,
-                     eval_every=1, eval_questions=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_hint_tokens=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -154,10 +158,12 @@ class Questions:
 def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path]:
     """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the new run folder.
 
-    A hint that holds a spoiler is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
+    A hint that holds a spoiler or is too long is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
     """
     if cfg.questions % world_size:
         raise ValueError(f"--questions {cfg.questions} must be a multiple of the {world_size} processes")
+    if cfg.hints and not cfg.data:
+        raise ValueError("--hints needs --data: the puzzles bring their own")
     load_verifier(cfg.verifier)
     local = Path(cfg.model)
     if not local.exists() and (local.is_absolute() or cfg.model.startswith(".") or cfg.model.count("/") != 1):
@@ -171,16 +177,18 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
     run = Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
     if run.exists():
         raise ValueError(f"{run} exists already; choose another --name or remove it")
+    tokenizer = load_processor(cfg.model).tokenizer
     samples = load_samples(cfg.data, Hint.from_json) if cfg.data else None
     held_out = load_samples(cfg.eval_data, Hint.from_json) if cfg.eval_data else world.puzzles("heldout", cfg.eval_questions)
     note = "questions: built-in puzzles, all with a hint"
     if samples:
-        leaky = [s for s in samples if s.hint and find_spoilers(s.hint, s.question, s.answer)]
-        for s in leaky:
-            s.hint = None
-        hinted = sum(s.hint is not None for s in samples)
-        note = f"questions: {len(samples)} from {cfg.data}; {hinted} with a hint, {len(leaky)} hints dropped as spoilers" + (
-            f" (first: {leaky[0].id})" if leaky else "")
+        strangers = join_hints(samples, cfg.hints) if cfg.hints else 0
+        dropped = screen_hints(samples, tokenizer, cfg.max_hint_tokens)
+        note = f"questions: {len(samples)} from {cfg.data}; {sum(s.hint is not None for s in samples)} with a hint"
+        note += "".join(f", {len(ids)} hints dropped ({reason}; first: {ids[0]})" for reason, ids in dropped.items() if ids)
+        note += f"; {strangers} lines of {cfg.hints} belong to no question here" if strangers else ""
+        teachable = sum(teacher_messages(s, cfg.teacher_context) is not None for s in samples)
+        note += f"; {len(samples) - teachable} are never tutored, for want of a {cfg.teacher_context}" if teachable < len(samples) else ""
     return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run
 
 
@@ -275,11 +283,12 @@ class Trainer:
         rewards = torch.tensor([[r.reward for r in group] for group in groups])                     # (N, G)
         correct = torch.tensor([[r.correct for r in group] for group in groups])                    # (N, G)
         # 4 route
-        routes = route(correct, torch.tensor([s.hint is not None for s in samples]), method.tau, method.lam)
+        contexts = [teacher_messages(s, cfg.teacher_context) for s in samples]
+        routes = route(correct, torch.tensor([c is not None for c in contexts]), method.tau, method.lam)
         advantages = group_advantages(rewards)
         work = []
         for n, (sample, prompt, group) in enumerate(zip(samples, prompts, groups)):
-            hinted = encode_prompts(self.processor, [sample], [hinted_messages(sample)])[0] if routes.tutored[n].any() else None
+            hinted = encode_prompts(self.processor, [sample], [contexts[n]])[0] if routes.tutored[n].any() else None
             used = [not (cfg.mask_truncated and r.truncated) for r in group]
             work.append([Work(r, prompt, hinted, advantages[n, g].item(), routes.tutored[n, g].item() and used[g],
                               routes.kl[n, g].item() and used[g], used[g]) for g, r in enumerate(group)])
@@ -292,7 +301,7 @@ class Trainer:
                     w.old_logp = row[:len(w.rollout.ids)]
         every = [r for group in groups for r in group]
         sums = {"reward": rewards.sum(), "accuracy": correct.sum(), "all_failed": (~correct).all(1).sum() * cfg.group_size,
-                "all_correct": correct.all(1).sum() * cfg.group_size, "tutored": routes.tutored.sum(),
+                "all_correct": correct.all(1).sum() * cfg.group_size, "tutored": routes.tutored.sum(), "untaught": contexts.count(None) * cfg.group_size,
                 "length": sum(len(r.ids) for r in every), "truncated": sum(r.truncated for r in every)}
         return work, {name: float(value) / len(every) for name, value in sums.items()}
 
@@ -374,7 +383,8 @@ class Trainer:
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -> dict:
-    """Greedy accuracy and mean length over all processes. messages: plain_messages (the measure) or hinted_messages (the teacher's view)."""
+    """Greedy accuracy and mean length over all processes, and the ids of what was right. messages: plain_messages (the measure) or
+    hinted_messages (the teacher's view)."""
     accelerator = trainer.accelerator
     mine = [s for s in samples if messages is plain_messages or s.hint][accelerator.process_index::accelerator.num_processes]
     prompts = encode_prompts(trainer.processor, mine, [messages(s) for s in mine])
@@ -383,7 +393,31 @@ def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -
     right = [trainer.verify(g[0].text, s.answer, s.choices) for s, g in zip(mine, groups)]
     total = accelerator.reduce(torch.tensor([sum(right), sum(len(g[0].ids) for g in groups), len(mine)], dtype=torch.float64,
                                             device=accelerator.device)).tolist()
-    return {"accuracy": total[0] / max(1, total[2]), "length": total[1] / max(1, total[2]), "questions": int(total[2])}
+    return {"accuracy": total[0] / max(1, total[2]), "length": total[1] / max(1, total[2]), "questions": int(total[2]),
+            "right": gather_object([s.id for s, fine in zip(mine, right) if fine])}
+
+
+def audit(trainer: Trainer, questions: Questions) -> str:
+    """How often the frozen model finds the answer from what a hint says, with the picture and without it, as a table.
+
+    A hint set leaks where, without the picture, more questions are right with their own hint than with that of another question, alike
+    where there is one, by more than two standard errors of the difference (McNemar's test).
+    """
+    count = min(trainer.cfg.eval_questions, len(questions.samples or range(10**9)))
+    samples = sorted((s for s in (questions[i] for i in range(count)) if s.hint), key=lambda s: s.question)
+    if len(samples) < 2:
+        return f"{len(samples)} of {count} questions have a hint: nothing to audit"
+    views = [audit_views(s, other.hint) for s, other in zip(samples, samples[1:] + samples[:1])]
+    right, lines = {}, [f"{'what the frozen model reads':30s}{'right':>7s}   of {len(samples)}"]
+    for name in views[0]:
+        right[name] = set(evaluate(trainer, [view[name][0] for view in views], views[0][name][1])["right"])
+        lines.append(f"{name:30s}{100 * len(right[name]) / len(samples):7.1f} %")
+    for own, placebo in (("question + hint", "question + another's hint"), ("hint", "another's hint")):
+        more, less = right[own] - right[placebo], right[placebo] - right[own]
+        leaks = len(more) - len(less) > 2 * (len(more) + len(less)) ** 0.5
+        lines.append(f"{'LEAK' if leaks else 'no leak seen'}: without the picture, '{own}' alone is right {len(more)} times, '{placebo}' alone {len(less)} times"
+                     + (f"; first: {', '.join(sorted(more)[:5])}" if leaks else ""))
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------- run
@@ -488,10 +522,12 @@ def main(argv=None) -> None:
     transformers_logging.disable_progress_bar()
     processor, student, reference = build(cfg, accelerator)
     accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
-    folder = RunFolder(path, {**asdict(cfg), **asdict(method)}, accelerator.is_main_process)
+    folder = RunFolder(path, {**asdict(cfg), **asdict(method)}, accelerator.is_main_process and not cfg.audit_hints)
     trainer = Trainer(cfg, method, accelerator, processor, student, reference)
     accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
+    if cfg.audit_hints:
+        return accelerator.print(audit(trainer, questions))
     accelerator.print(f"{cfg.steps} steps of {cfg.questions} questions x {cfg.group_size} responses; lam {method.lam}, tau {method.tau}, "
                       f"k {method.k}, lr {cfg.lr}; log in {path}")
     table = train(trainer, questions, held_out, folder)

@@ -24,12 +24,15 @@ from toy import world
     (["--steps", "many"], "invalid int value"), (["--lr", "0"], "--lr must be above 0"), (["--name", "a/b"], "plain folder name"),
     (["--data", "gone.jsonl"], "gone.jsonl: no such file"), (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
     (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"), (["--name", "taken"], "exists already"),
-    (["--seed", "400"], "--seed must be at most 399")])
+    (["--seed", "400"], "--seed must be at most 399"), (["--hints", "h.jsonl"], "--hints needs --data"),
+    (["--teacher-context", "oracle"], "invalid choice: 'oracle'"), (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields")])
 def test_bad_input_is_one_clear_line_before_a_model_is_loaded(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "bad.jsonl").write_text('{"question": "a?", "answer": "1"}\n{"question": "a?"}\n')
+    (tmp_path / "good.jsonl").write_text('{"question": "a?", "answer": "1"}\n')
+    (tmp_path / "h.jsonl").write_text('{"id": "good-1", "hint": {"look": "left"}}\n')
     (tmp_path / "image.jsonl").write_text('{"question": "a?", "answer": "1", "image": "none.png"}\n')
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
@@ -60,13 +63,26 @@ def test_help_names_every_option(capsys):
     assert len(text.splitlines()) <= 100 and all(train.flag(f) in text for f in train.TrainConfig.__dataclass_fields__)
 
 
-def test_spoiling_hints_are_dropped_and_counted(tmp_path, monkeypatch):
+def test_unusable_hints_are_dropped_and_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": "How many?", "answer": "7", "hint": h} for h in ("count to 7", "count the left ones")] + [{"question": "b?", "answer": "1"}]
+    rows = [{"question": "How many?", "answer": "7", "hint": h} for h in ("count to 7", "count the left ones", "read " * 40)]
+    rows += [{"question": "b?", "answer": "1", "solution": "it is 1"}, {"question": "c?", "answer": "1"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    questions, _, note, _ = train.read_inputs(train.TrainConfig(data="d.jsonl", name="x", eval_questions=1), 1)
-    assert [s.hint for s in questions.samples] == [None, Hint(steps=("count the left ones",)), None]
-    assert "3 from d.jsonl; 1 with a hint, 1 hints dropped as spoilers (first: d-1)" in note
+    (tmp_path / "h.jsonl").write_text('{"id": "d-4", "hint": {"look": ["the top"]}}\n{"id": "other", "hint": null}\n')
+
+    def read(**settings):
+        cfg = train.TrainConfig(model=train.EMBEDDED, data="d.jsonl", name="x", eval_questions=1, max_hint_tokens=30, **settings)
+        questions, _, note, _ = train.read_inputs(cfg, 1)
+        return [s.hint for s in questions.samples], note
+    left = Hint(steps=("count the left ones",))
+    got, note = read()
+    assert got == [None, left, None, None, None]
+    assert note == ("questions: 5 from d.jsonl; 1 with a hint, 1 hints dropped (spoilers; first: d-1), 1 hints dropped (too long; first: d-3); "
+                    "4 are never tutored, for want of a hint")
+    got, note = read(hints="h.jsonl")
+    assert got == [None, left, None, Hint(look=("the top",)), None] and "2 with a hint" in note and "1 lines of h.jsonl belong to no question here" in note
+    assert "4 are never tutored, for want of a solution" in read(teacher_context="solution")[1]
+    assert "never tutored" not in read(teacher_context="answer")[1]
 
 
 def test_data_is_shuffled_anew_each_epoch_and_nothing_is_left_out():
@@ -261,6 +277,46 @@ def test_routing_in_a_rollout(trainer):
             hinted, plain = (trainer.processor.tokenizer.decode(p.ids) for p in (group[0].hinted, group[0].prompt))
             assert "Hint" in hinted and "Hint" not in plain
     assert row["tutored"] == pytest.approx(sum(w.tutored for g in work for w in g) / 36) and row["tutored"] > 0
+
+
+def test_the_teacher_reads_the_chosen_context(trainer):
+    """And a sample that lacks it is not tutored, which the log counts. With "none" the teacher is the student: nothing pulls."""
+    trainer.cfg.max_new_tokens, losses, texts = 30, {}, {}
+    for context in ("hint", "answer", "solution", "none"):
+        trainer.cfg.teacher_context = context
+        samples = world.puzzles("tune", 3)
+        samples[2].hint = samples[2].solution = None
+        work, row = trainer.rollout(samples)
+        flat = [w for group in work for w in group]
+        assert row["untaught"] == (1 / 3 if context in ("hint", "solution") else 0)
+        assert any(w.tutored for w in work[2]) == (context in ("answer", "none"))
+        texts[context] = trainer.processor.tokenizer.decode(next(w.hinted for w in flat if w.tutored).ids)
+        losses[context] = trainer.accumulate(flat)["tutor_loss"]
+        trainer.optimizer.zero_grad()
+    assert ["Hint" in t for t in texts.values()] == [True, False, False, False] and "The answer is" in texts["answer"]
+    assert abs(losses["none"]) < 1e-6 and min(losses[c] for c in ("hint", "answer", "solution")) > 1e-3
+
+
+def test_the_audit_finds_no_leak_in_the_puzzles_and_finds_one_that_is_there(trainer, monkeypatch):
+    trainer.cfg.eval_questions, trainer.cfg.max_new_tokens = 100, 48
+    text = train.audit(trainer, train.Questions(None, 7))
+    rows = {line[:30].strip(): float(line[30:].split()[0]) for line in text.splitlines() if line.endswith("%")}
+    assert list(rows) == ["picture + question", "picture + question + hint", "question", "question + hint", "question + another's hint", "hint", "another's hint"]
+    assert rows["picture + question + hint"] > 90 and text.count("no leak seen") == 2 and "LEAK" not in text
+    # what always answering the most common number would score, 17 %, plus three standard errors
+    assert max(rows[name] for name in rows if "picture" not in name) < 28
+    # hints that say the answer, read by a model that repeats it
+    samples = world.puzzles("tune", 20)
+    for s in samples:
+        s.hint = Hint(steps=(f"it is {s.answer}",))
+    samples[3].hint = None
+
+    def repeat(trainer, samples, messages):
+        return {"right": [s.id for s in samples if messages is not train.plain_messages and s.hint.steps[0].split()[-1] == s.answer]}
+    monkeypatch.setattr(train, "evaluate", repeat)
+    text = train.audit(trainer, train.Questions(samples, 0))
+    assert text.count("LEAK") == 2 and "of 19" in text and "first: puzzle-2" in text
+    assert "nothing to audit" in train.audit(trainer, train.Questions(samples[3:4], 0))
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):

@@ -33,7 +33,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hints import answer_context, hinted_messages
+from hints import hinted_messages, teacher_messages
 from rollout import ImageTextProcessor, Sample, encode_prompts, pad_prompts, plain_messages, sample_groups, verify
 from toy import world
 
@@ -92,7 +92,7 @@ def episode(index: int, stage: Stage, grid_share: float) -> tuple[Sample, list, 
         return sample, plain_messages(sample), world.response(puzzle, rng, guessed_lines(puzzle, rng, stage.habit)), False
     if kind == "told":
         lines = guessed_lines(puzzle, rng, stage.habit, fit=True)
-        return sample, plain_messages(sample, answer_context(sample)), world.response(puzzle, rng, lines), False
+        return sample, teacher_messages(sample, "answer"), world.response(puzzle, rng, lines), False
     if kind == "named":
         lines = [(kind, rng.randrange(world.GRID)) for kind, _ in puzzle.lines]
         names = [world.line_name(line) for line in lines]
@@ -206,7 +206,7 @@ def train(model, processor, stage: Stage, batch_size: int) -> None:
 def table(model, processor, count=400) -> None:
     """Greedy accuracy on held-out puzzles by family and context."""
     samples = world.puzzles("heldout", count)
-    contexts = {"plain": plain_messages, "hinted": hinted_messages, "told": lambda s: plain_messages(s, answer_context(s))}
+    contexts = {"plain": plain_messages, "hinted": hinted_messages, "told": lambda s: teacher_messages(s, "answer")}
     for name, messages in contexts.items():
         prompts = encode_prompts(processor, samples, [messages(s) for s in samples])
         groups = sample_groups(model, processor, samples, prompts, 1, max_new_tokens=48, temperature=0.0)

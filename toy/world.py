@@ -148,7 +148,8 @@ def _draw_cell(pen: ImageDraw.ImageDraw, cell: str, cx: float, cy: float, radius
 def sample(puzzle: Puzzle) -> Sample:
     """The puzzle as the training loop sees it."""
     return Sample(id=f"puzzle-{puzzle.seed}", question=question(puzzle), answer=str(puzzle.answer),
-                  images=[draw(puzzle)], hint=hint(puzzle), family=puzzle.family)
+                  images=[draw(puzzle)], hint=hint(puzzle), family=puzzle.family,
+                  solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")))
 
 
 def puzzles(split: str, count: int, start: int = 0) -> list[Sample]:
