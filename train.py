@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import random
+import shutil
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -74,13 +80,17 @@ class TrainConfig:
     mask_truncated: bool = option(False, "leave responses that reach --max-new-tokens out of the loss")
     verifier: str = option("rules", "rules: ours; math: math-verify, for more LaTeX (pip install math-verify)", choices=("rules", "math"))
     precision: str = option("auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16"))
+    save_every: int = option(50, "steps between checkpoints; one more is written at SIGTERM and at the end", toy=50)
+    keep: int = option(2, "checkpoints kept, the newest")
+    resume: str = option("", "go on with the run in this folder, from its newest checkpoint; only --steps may stand beside", shown="a new run")
+    log_with: str = option("none", "also send the log to a tracker (pip install tensorboard, or wandb)", choices=("none", "tensorboard", "wandb"))
     eval_every: int = option(50, "steps between evaluations", toy=50)
     eval_questions: int = option(400, "held-out questions an evaluation")
     seed: int = option(0, "seed of questions and sampling, 0 to 399")
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, top_k=0,
-                     eval_every=1, eval_questions=1, max_hint_tokens=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -90,6 +100,8 @@ class TrainConfig:
         for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
             if getattr(self, name) > high:
                 raise ValueError(f"{flag(name)} must be at most {high}, got {getattr(self, name)}")
+        if self.log_with != "none" and find_spec(self.log_with) is None:
+            raise ValueError(f"--log-with {self.log_with}: not installed; python -m pip install {self.log_with}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
@@ -127,6 +139,14 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
             group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices,
                                metavar="|".join(choices) if choices else f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if given.get("resume"):
+        if more := sorted(set(given) - {"resume", "steps"}):
+            parser.error(f"{flag(more[0])} cannot stand beside --resume: the run goes on with its own settings")
+        try:
+            saved = json.loads((Path(given["resume"]) / "config.json").read_text())
+            given = {**{name: saved[name] for config in (TrainConfig, PTDPOConfig) for name in config.__dataclass_fields__}, **given}
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--resume {given['resume']}: no config.json of a run of this version in it ({type(error).__name__}: {error})")
     toy = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
     made = []
     for config in (TrainConfig, PTDPOConfig):
@@ -145,6 +165,10 @@ class Questions:
 
     def __init__(self, samples: list[Sample] | None, seed: int):
         self.samples, self.seed = samples, seed
+
+    def fingerprint(self) -> str:
+        """Changes where the data's ids do."""
+        return hashlib.sha256("\n".join(s.id for s in self.samples or ()).encode()).hexdigest()[:16]
 
     def __getitem__(self, i: int) -> Sample:
         if self.samples is None:
@@ -174,8 +198,8 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         raise ValueError(f"--model {cfg.model}: cannot read its config.json: {str(error).splitlines()[0]}") from None
     if model_type not in MODEL_TYPES:
         raise ValueError(f"--model {cfg.model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}")
-    run = Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    if run.exists():
+    run = Path(cfg.resume) if cfg.resume else Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if run.exists() and not cfg.resume:
         raise ValueError(f"{run} exists already; choose another --name or remove it")
     tokenizer = load_processor(cfg.model).tokenizer
     samples = load_samples(cfg.data, Hint.from_json) if cfg.data else None
@@ -258,6 +282,7 @@ class Trainer:
                                       lr=cfg.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, cfg.warmup)))
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        accelerator.register_for_checkpointing(self.schedule)
         banned = torch.tensor(banned_tokens(self.policy, processor.tokenizer), device=accelerator.device)
         self.settings = dict(temperature=cfg.temperature, banned=banned, logits_mb=cfg.logits_mb)
         self.verify = load_verifier(cfg.verifier)
@@ -422,13 +447,20 @@ def audit(trainer: Trainer, questions: Questions) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------- run
 class RunFolder:
-    """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, model/. Only the main process writes."""
+    """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, model/. Only the main process writes.
 
-    def __init__(self, path: Path, config: dict, active: bool):
+    step: the one a resumed run goes on from; what was logged after it is cut off, as it will be done again.
+    """
+
+    def __init__(self, path: Path, config: dict, active: bool, step: int | None = None):
         self.path, self.active = path, active
-        if active:
+        if active and step is None:
             path.mkdir(parents=True)
-            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if active:
+            write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
+        for log in (path / "metrics.jsonl", path / "samples.jsonl") if active and step is not None else ():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_beside(log, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def append(self, name: str, row: dict) -> None:
         if self.active:
@@ -438,9 +470,70 @@ class RunFolder:
     def save_model(self, model, processor) -> None:
         """Written beside and renamed: model/ is there whole or not at all."""
         if self.active:
-            model.save_pretrained(self.path / "model.part")
-            processor.save_pretrained(self.path / "model.part")
-            os.rename(self.path / "model.part", self.path / "model")
+            part = self.path / "model.part"
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part)
+            processor.save_pretrained(part)
+            shutil.rmtree(self.path / "model", ignore_errors=True)
+            os.rename(part, self.path / "model")
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Replace a file at once: it holds the old text or the new, never half of one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Checkpoints:
+    """runs/NAME/checkpoints/step-N: weights, optimizer, schedule and random states, as accelerate writes them, and state.json: step,
+    what the final table needs, the data's fingerprint, and every file's size. Written beside and renamed."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
+        self.accelerator, self.folder, self.keep = accelerator, folder / "checkpoints", keep
+
+    def found(self) -> list[Path]:
+        """The finished ones, oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".part")
+
+    def save(self, state: dict) -> None:
+        """After a whole rollout batch. A full disk ends the run with a message; the checkpoints before are untouched."""
+        accelerator, target = self.accelerator, self.folder / f"step-{state['step']:08d}"
+        if target.exists():
+            return
+        part = target.with_suffix(".part")
+        accelerator.wait_for_everyone()
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(part))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
+                (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
+                os.rename(part, target)
+                for old in self.found()[:-self.keep]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError) as error:            # torch.save tells of a full disk by a RuntimeError
+            shutil.rmtree(part, ignore_errors=True)
+            last = self.found()
+            sys.exit(f"cannot write the checkpoint {target}: {error}\n" + (f"the last good one is {last[-1]}" if last else "there is none before it"))
+
+    def newest(self) -> tuple[Path, dict]:
+        """The newest checkpoint and its state. Raises ValueError where there is none, or where it is not whole."""
+        if not self.found():
+            raise ValueError(f"--resume: no checkpoint in {self.folder}")
+        path = self.found()[-1]
+        try:
+            state = json.loads((path / "state.json").read_text())
+            short = [name for name, size in state["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})") from None
+        if short:
+            raise ValueError(f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before")
+        return path, state
 
 
 def sample_row(step: int, group: list[Work]) -> dict:
@@ -452,8 +545,9 @@ def sample_row(step: int, group: list[Work]) -> dict:
                            "tutored": w.tutored, "truncated": w.rollout.truncated} for w in group]}
 
 
-def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder: RunFolder) -> dict:
-    """All steps with evaluations before, during and after: -> {"before": ..., "after": ...} for the table."""
+def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder: RunFolder, checkpoints: Checkpoints, state: dict | None) -> dict:
+    """All steps with evaluations before, during and after: -> {"before": ..., "after": ...} for the table. state: of the checkpoint that
+    a resumed run goes on from."""
     cfg, accelerator = trainer.cfg, trainer.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
@@ -461,9 +555,13 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
         plain, hinted = evaluate(trainer, held_out), evaluate(trainer, held_out, hinted_messages)
         return {"plain": plain["accuracy"], "hinted": hinted["accuracy"], "length": plain["length"], "questions": plain["questions"]}
 
-    table, entropies, work = {"before": both()}, [], []
-    folder.append("metrics.jsonl", {"step": 0, "eval_plain": table["before"]["plain"], "eval_hinted": table["before"]["hinted"]})
-    bar = tqdm(range(1, cfg.steps + 1), disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
+    stopping, began = [], time.time()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    if state is None:
+        state = {"step": 0, "before": both(), "entropies": [], "seconds": 0.0, "skipped": 0, "data": questions.fingerprint()}
+        folder.append("metrics.jsonl", {"step": 0, "eval_plain": state["before"]["plain"], "eval_hinted": state["before"]["hinted"]})
+    trainer.skipped, entropies, before, work = state["skipped"], state["entropies"], state["before"], []
+    bar = tqdm(range(state["step"] + 1, cfg.steps + 1), initial=state["step"], total=cfg.steps, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
     for step in bar:
         start = time.time()
         if not work:
@@ -474,7 +572,7 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
         sampled = time.time()
         losses = trainer.update([w for group in work[:per] for w in group])
         work = work[per:]
-        # 7 log
+        # 7 log and save
         shared = accelerator.reduce(torch.tensor(list(row.values()), dtype=torch.float64, device=accelerator.device), "mean").tolist()
         metrics = {"step": step, **dict(zip(row, shared)), **losses, "lr": trainer.schedule.get_last_lr()[0],
                    "sample_seconds": sampled - start, "update_seconds": time.time() - sampled}
@@ -483,16 +581,26 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
             metrics["eval_plain"] = evaluate(trainer, held_out)["accuracy"]
             bar.write(f"step {step}: {100 * metrics['eval_plain']:.1f} % of the held-out questions right, plain prompt")
         elif step == cfg.steps:
-            table["after"] = both()
-            metrics.update(eval_plain=table["after"]["plain"], eval_hinted=table["after"]["hinted"])
+            after = both()
+            metrics.update(eval_plain=after["plain"], eval_hinted=after["hinted"])
         folder.append("metrics.jsonl", metrics)
+        accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         bar.set_postfix_str(f"reward {metrics['reward']:.2f} acc {metrics['accuracy']:.2f} entropy {metrics['entropy']:.2f} "
                             f"all-failed {metrics['all_failed']:.2f} tutor {metrics['tutor_loss']:.3f}")
-    table["before"]["entropy"], table["after"]["entropy"] = entropies[0], entropies[-1]
-    return table
+        asked = accelerator.reduce(torch.tensor(float(bool(stopping)), device=accelerator.device)).item() > 0   # all stop, or none
+        if not work and (step - state["step"] >= cfg.save_every or asked or step == cfg.steps):
+            state = {**state, "step": step, "entropies": entropies, "skipped": trainer.skipped, "seconds": state["seconds"] + time.time() - began}
+            began = time.time()
+            checkpoints.save(state)
+            if asked and step < cfg.steps:
+                bar.close()
+                accelerator.print(f"stopped by SIGTERM after step {step}; go on with: python train.py --resume {folder.path}")
+                accelerator.end_training()
+                sys.exit(143)
+    return {"before": {**before, "entropy": entropies[0]}, "after": {**after, "entropy": entropies[-1]}, "seconds": state["seconds"]}
 
 
-def report(table: dict, folder: RunFolder, skipped: int, seconds: float) -> None:
+def report(table: dict, folder: RunFolder, skipped: int) -> None:
     """The table that a run ends with."""
     before, after = table["before"], table["after"]
     print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
@@ -501,40 +609,52 @@ def report(table: dict, folder: RunFolder, skipped: int, seconds: float) -> None
         digits = 2 if key == "entropy" else 1
         print(f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}")
     print(f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
-          f"{seconds / 60:.1f} minutes; {skipped} steps skipped for a non-finite gradient)")
-    print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, model/. Load the model with\n"
+          f"{table['seconds'] / 60:.1f} minutes; {skipped} steps skipped for a non-finite gradient)")
+    print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Load the model with\n"
           f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
 
 
 def main(argv=None) -> None:
     """Read, build, train, report."""
-    start = time.time()
     cfg, method, parser = parse_args(argv)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with=None if cfg.log_with == "none" else cfg.log_with)
     try:
         questions, held_out, note, path = read_inputs(cfg, accelerator.num_processes)
+        checkpoints = Checkpoints(accelerator, path, cfg.keep)
+        checkpoint, state = checkpoints.newest() if cfg.resume else (None, None)
+        if state and state["data"] != questions.fingerprint():
+            raise ValueError(f"--resume: the questions in {cfg.data} are not those that {checkpoint} was trained on")
+        if state and state["step"] >= cfg.steps:
+            raise ValueError(f"--resume: {checkpoint} has done all {cfg.steps} steps; give a larger --steps to go on")
     except ValueError as error:
         parser.error(str(error))
     set_seed(cfg.seed, device_specific=True)
     torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)         # at each checkpoint: that tied weights are saved once
     processor, student, reference = build(cfg, accelerator)
     accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
-    folder = RunFolder(path, {**asdict(cfg), **asdict(method)}, accelerator.is_main_process and not cfg.audit_hints)
+    config = {**asdict(cfg), **asdict(method)}
+    folder = RunFolder(path, config, accelerator.is_main_process and not cfg.audit_hints, state and state["step"])
     trainer = Trainer(cfg, method, accelerator, processor, student, reference)
     accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
     if cfg.audit_hints:
         return accelerator.print(audit(trainer, questions))
+    if state:
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"going on from {checkpoint}")
+    accelerator.project_configuration.set_directories(str(path))
+    accelerator.init_trackers("ptdpo", config=config)
     accelerator.print(f"{cfg.steps} steps of {cfg.questions} questions x {cfg.group_size} responses; lam {method.lam}, tau {method.tau}, "
                       f"k {method.k}, lr {cfg.lr}; log in {path}")
-    table = train(trainer, questions, held_out, folder)
+    table = train(trainer, questions, held_out, folder, checkpoints, state)
     accelerator.wait_for_everyone()
     folder.save_model(trainer.policy, processor)
     if accelerator.is_main_process:
-        report(table, folder, trainer.skipped, time.time() - start)
+        report(table, folder, trainer.skipped)
     accelerator.end_training()
 
 
