@@ -619,7 +619,9 @@ def results_table(records: dict[str, dict], wanted: int) -> str:
 def main(argv=None) -> int:
     """The command: check, load, build, report."""
     parser = argparse.ArgumentParser(usage="python hints.py --out FILE --model NAME [options]", description="Build hints, one JSON line a question; resumable.")
-    parser.add_argument("--data", default="", help="questions, a .jsonl file (default: built-in puzzles)")
+    parser.add_argument("--data", default="", help="questions, as train.py takes them (default: built-in puzzles)")
+    parser.add_argument("--split", default="train", help="split of a dataset in --data [train]")
+    parser.add_argument("--image-dir", default="", help="folder that image paths are relative to and must be in [the .jsonl's]")
     parser.add_argument("--out", required=True, help="the hints file; what it holds already is not asked for again")
     parser.add_argument("--model", required=True, help="the expert, by its name at the server, hub name or path; with --source attention the model to be trained")
     parser.add_argument("--api-base", default="", help="an OpenAI-compatible server, such as http://localhost:8000/v1; its key is read from OPENAI_API_KEY")
@@ -643,7 +645,7 @@ def main(argv=None) -> int:
         if not layers:
             raise ValueError(f"--layers must be FIRST-LAST, such as 10-18, got {args.layers!r}")
         if args.data:
-            samples = load_samples(args.data)[:args.limit]
+            samples = load_samples(args.data, split=args.split, image_dir=args.image_dir)[:args.limit]
         else:
             from toy import world                               # it imports this module
             samples = world.puzzles("train", args.limit or 100)

@@ -7,16 +7,18 @@ Traps that cost hours are marked TRAP.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -40,32 +42,91 @@ class Sample:
     solution: str | None = None
 
 
-def load_samples(path: str | Path, parse_hint=None) -> list[Sample]:
-    """Read a .jsonl file: one object a line with question (or problem, prompt), answer, images (or image: a path or a list of paths,
-    relative to the file), and optionally id, choices (a list of the options' texts), solution and hint (text, or an object with look,
-    ignore, steps; read by `parse_hint`).
+@dataclass
+class StoredImage:
+    """An image in a `datasets` table, decoded when it is used: a large table does not fit into memory."""
+    table: object
+    row: int
+    column: str
+    place: int
 
-    Every line and image is checked before anything is returned. Raises ValueError naming file, line and field.
+    def open(self) -> Image.Image:
+        value = self.table[self.row][self.column]
+        return _picture(value[self.place] if isinstance(value, list) else value)
+
+
+def _picture(value) -> Image.Image:
+    """A table's image: decoded already, or as stored, {"bytes", "path"}."""
+    return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) if isinstance(value, dict) else value
+
+
+def load_samples(source: str | Path, parse_hint=None, *, split: str = "train", image_dir: str | Path = "", bad: list[str] | None = None) -> list[Sample]:
+    """Read questions from a .jsonl file, or, by `datasets`, from a saved dataset's folder or the hub.
+
+    A line or row has question (or problem, prompt), answer, images (or image: one or a list; a path relative to image_dir or else to the
+    file, or the image itself), and optionally id (or qid), choices (a list of the options' texts), solution, and hint (text, or an object with look,
+    ignore, steps; read by `parse_hint`) or prompt_with_hint (the question's text with the hint around it).
+
+    Every line and image is checked before anything is returned. Raises ValueError naming file, line and field; with a list `bad` it is
+    filled with these messages instead, and the lines are left out.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --data takes a .jsonl with question, answer, images and hint")
-    samples, lines = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                samples.append(_parse_line(json.loads(line), f"{path.stem}-{number}", path.parent, parse_hint))
-                first = lines.setdefault(samples[-1].id, number)
-                if first != number:
-                    raise ValueError(f"field 'id': {samples[-1].id!r} is the id of line {first} already")
-            except ValueError as error:                       # JSONDecodeError is one
-                raise ValueError(f"{path}:{number}: {error}") from None
+    path, messages, samples, ids = Path(source), [], [], {}
+    if path.suffix == ".jsonl" or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --data takes a .jsonl with question, answer, images and hint")
+        rows = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        folder, column, unit = Path(image_dir or path.parent), None, ""
+    else:
+        table = _open_table(str(source), split)
+        rows, folder, unit = [(i, table) for i in range(len(table))], Path(image_dir or "."), "row "
+        column = next((name for name in ("images", "image") if name in table.column_names), None)
+        pictures = table.select_columns([column]) if column else None
+
+    def read(row) -> Sample | str:
+        number, value = row
+        try:
+            if unit:
+                value = value[number]                           # decodes the row's images
+            sample = _parse_row(value if unit else json.loads(value), f"{path.stem}-{number}", folder, parse_hint)
+            sample.images = [StoredImage(pictures, number, column, i) if isinstance(image, Image.Image) else image
+                             for i, image in enumerate(sample.images)] if unit else sample.images
+            return sample
+        except (ValueError, OSError) as error:                  # JSONDecodeError is a ValueError, a broken image in a table an OSError
+            return str(error)
+    with ThreadPoolExecutor() as pool:                          # decoding images is most of the work, and releases the interpreter
+        for (number, _), got in zip(rows, pool.map(read, rows)):
+            if isinstance(got, Sample) and ids.setdefault(got.id, number) != number:
+                got = f"field 'id': {got.id!r} is the id of line {ids[got.id]} already"
+            if isinstance(got, Sample):
+                samples.append(got)
+                continue
+            messages.append(f"{source}:{unit}{number}: {got}")
+            if bad is None:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(messages[0])
+    if bad is not None:
+        bad += messages
     if not samples:
-        raise ValueError(f"{path}: no samples in it")
+        raise ValueError(f"{source}: no samples in it" + (f"; first: {messages[0]}" if messages else ""))
     return samples
 
 
-def _parse_line(row, default_id: str, folder: Path, parse_hint) -> Sample:
+def _open_table(source: str, split: str):
+    """A dataset's folder or hub name by `datasets`. No code that comes with a dataset is run. Raises ValueError."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"--data {source}: not a .jsonl file; for a dataset's folder or hub name: python -m pip install datasets") from None
+    try:
+        if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(source)
+            return table[split] if isinstance(table, datasets.DatasetDict) else table
+        return datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"--data {source}, split {split!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
+
+
+def _parse_row(row, default_id: str, folder: Path, parse_hint) -> Sample:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     question = next((row[key] for key in ("question", "problem", "prompt") if row.get(key)), None)
@@ -74,23 +135,41 @@ def _parse_line(row, default_id: str, folder: Path, parse_hint) -> Sample:
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError("no answer: give a text or number in the field 'answer'")
-    images = row.get("images", row.get("image")) or []
-    images = [folder / image for image in ([images] if isinstance(images, str) else images)]
-    for image in images:
-        try:
-            with Image.open(image) as opened:
-                opened.load()
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"field 'images': cannot read {image}: {error}") from None
+    value = row.get("images") or row.get("image")
+    images = [_check_image(image, folder) for image in (value if isinstance(value, list) else [value]) if image is not None and image != ""]
     marks = question.count("<image>")
     if marks and marks != len(images):
         raise ValueError(f"the question has {marks} <image> marks but there are {len(images)} images")
     choices = row.get("choices") or None
     if choices is not None and not (isinstance(choices, list) and all(isinstance(c, (str, int, float)) for c in choices)):
         raise ValueError("field 'choices': expected a list of texts")
-    hint = parse_hint(row["hint"]) if parse_hint and row.get("hint") else None
-    return Sample(str(row.get("id", default_id)), question, str(answer).strip(), images, hint,
+    hint = row.get("hint")
+    if not hint and (whole := row.get("prompt_with_hint")):
+        bare = question.replace("<image>", "").strip()
+        before, found, after = str(whole).replace("<image>", "").partition(bare)
+        hint = " ".join(part for part in (before.strip(), after.strip()) if part)
+        if not found:
+            raise ValueError("field 'prompt_with_hint': the question's text does not stand in it")
+    hint = parse_hint(hint) if parse_hint and hint else None
+    return Sample(str(row.get("id", row.get("qid", default_id))), question, str(answer).strip(), images, hint,
                   choices=choices and [str(c) for c in choices], solution=str(row["solution"]) if row.get("solution") else None)
+
+
+def _check_image(image, folder: Path) -> Path | Image.Image:
+    """A row's image, opened once and found whole: the path that it stands for, inside `folder`, or the image itself."""
+    if isinstance(image, str):
+        path = folder / image
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"field 'images': {image} is outside {folder}; --image-dir says where images are")
+        image = path
+    elif not isinstance(image, (dict, Image.Image)):
+        raise ValueError(f"field 'images': expected a path or an image, got {type(image).__name__}")
+    try:
+        with Image.open(image) if isinstance(image, Path) else _picture(image) as opened:
+            opened.load()
+    except (OSError, TypeError, KeyError, Image.DecompressionBombError) as error:
+        raise ValueError(f"field 'images': cannot read {image if isinstance(image, Path) else 'it'}: {error}") from None
+    return image if isinstance(image, Path) else opened
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
@@ -101,8 +180,9 @@ class ImageTextProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
 
-def load_processor(path: str) -> ImageTextProcessor:
-    """The processor of a saved model, by pillow. Raises ValueError where there is no chat template.
+def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageTextProcessor:
+    """The processor of a saved model, by pillow; min_pixels, max_pixels: an image's smallest and largest area, 0: the model's own.
+    Raises ValueError where there is no chat template.
 
     TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and AutoImageProcessor wants torchvision in some
     versions; so each part is loaded by its class, which the three model families share.
@@ -110,7 +190,17 @@ def load_processor(path: str) -> ImageTextProcessor:
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
         raise ValueError(f"{path}: its tokenizer has no chat template, which ptdpo needs to build prompts")
-    return ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
+    images = Qwen2VLImageProcessorPil.from_pretrained(path)
+    images.size = {"shortest_edge": min_pixels or images.size["shortest_edge"], "longest_edge": max_pixels or images.size["longest_edge"]}
+    return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def prompt_tokens(processor, sample: Sample) -> int:
+    """Length of the sample's plain prompt in tokens, from the images' sizes: nothing is decoded."""
+    text = processor.apply_chat_template(plain_messages(sample), tokenize=False, add_generation_prompt=True)
+    images = processor.image_processor
+    patches = [images.get_number_of_image_patches(size[1], size[0]) for size in (open_image(i, convert=False).size for i in sample.images)]
+    return len(processor.tokenizer(text)["input_ids"]) + sum(n // images.merge_size**2 - 1 for n in patches)
 
 
 def user_turn(sample: Sample, text: str) -> dict:
@@ -136,9 +226,11 @@ class Prompt:
     grid: Tensor | None
 
 
-def open_image(image: Image.Image | str | Path) -> Image.Image:
-    """A sample's image, in RGB if it comes from a file."""
-    return image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+def open_image(image: Image.Image | StoredImage | str | Path, convert: bool = True) -> Image.Image:
+    """A sample's image, in RGB unless convert is False."""
+    if not isinstance(image, Image.Image):
+        image = image.open() if isinstance(image, StoredImage) else Image.open(image)
+    return image.convert("RGB") if convert and image.mode != "RGB" else image
 
 
 def encode_prompts(processor, samples: list[Sample], messages: list[list[dict]]) -> list[Prompt]:

@@ -40,7 +40,7 @@ from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, scre
 from losses import head_scores
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
-                     load_verifier, plain_messages, response_states, reward, sample_groups)
+                     load_verifier, plain_messages, prompt_tokens, response_states, reward, sample_groups)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -52,8 +52,15 @@ MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 class TrainConfig:
     """The run's settings; the method's own are PTDPOConfig."""
     model: str = option(EMBEDDED, "model, by hub name or path (embedded: toy/base)", shown="toy/base")
-    data: str = option("", "questions, a .jsonl file (built-in puzzles if empty)", shown="puzzles")
-    eval_data: str = option("", "held-out questions, a .jsonl file (held-out puzzles if empty)", shown="puzzles")
+    data: str = option("", "questions: a .jsonl file, or a dataset's folder or hub name (pip install datasets)", shown="puzzles")
+    eval_data: str = option("", "held-out questions, as --data", shown="held-out puzzles")
+    split: str = option("train", "split of a dataset in --data")
+    eval_split: str = option("test", "split of a dataset in --eval-data")
+    image_dir: str = option("", "folder that image paths are relative to and must be in", shown="the .jsonl's")
+    skip_bad: bool = option(False, "leave out what cannot be read, and list it, instead of stopping at the first")
+    max_prompt: int = option(8192, "a question with a longer prompt, in tokens, is left out, never cut (paper: 8192)")
+    min_pixels: int = option(0, "smallest area of an image, pixels; 0: the model's own")
+    max_pixels: int = option(0, "largest area of an image, pixels: 28 * 28 pixels, in Qwen3-VL 32 * 32, are a token; 0: the model's own")
     hints: str = option("", "hints for --data by id, as hints.py writes them", shown="the data's own")
     max_hint_tokens: int = option(512, "a longer hint is dropped, never cut")
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
@@ -90,7 +97,7 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, top_k=0,
-                     eval_every=1, eval_questions=1, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -201,18 +208,28 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
     run = Path(cfg.resume) if cfg.resume else Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
     if run.exists() and not cfg.resume:
         raise ValueError(f"{run} exists already; choose another --name or remove it")
-    tokenizer = load_processor(cfg.model).tokenizer
-    samples = load_samples(cfg.data, Hint.from_json) if cfg.data else None
-    held_out = load_samples(cfg.eval_data, Hint.from_json) if cfg.eval_data else world.puzzles("heldout", cfg.eval_questions)
-    note = "questions: built-in puzzles, all with a hint"
-    if samples:
+    processor, bad = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels), []
+
+    def load(source, split):
+        found = load_samples(source, Hint.from_json, split=split, image_dir=cfg.image_dir, bad=bad if cfg.skip_bad else None)
+        fits = [prompt_tokens(processor, s) <= cfg.max_prompt for s in found]
+        if not any(fits):
+            raise ValueError(f"{source}: every prompt is longer than --max-prompt {cfg.max_prompt} tokens")
+        return [s for s, fine in zip(found, fits) if fine], fits.count(False)
+    held_out, long = load(cfg.eval_data, cfg.eval_split) if cfg.eval_data else (world.puzzles("heldout", cfg.eval_questions), 0)
+    samples, note = None, "questions: built-in puzzles, all with a hint"
+    if cfg.data:
+        samples, more = load(cfg.data, cfg.split)
+        long += more
         strangers = join_hints(samples, cfg.hints) if cfg.hints else 0
-        dropped = screen_hints(samples, tokenizer, cfg.max_hint_tokens)
+        dropped = screen_hints(samples, processor.tokenizer, cfg.max_hint_tokens)
         note = f"questions: {len(samples)} from {cfg.data}; {sum(s.hint is not None for s in samples)} with a hint"
         note += "".join(f", {len(ids)} hints dropped ({reason}; first: {ids[0]})" for reason, ids in dropped.items() if ids)
         note += f"; {strangers} lines of {cfg.hints} belong to no question here" if strangers else ""
         teachable = sum(teacher_messages(s, cfg.teacher_context) is not None for s in samples)
         note += f"; {len(samples) - teachable} are never tutored, for want of a {cfg.teacher_context}" if teachable < len(samples) else ""
+    note += f"\nleft out: {long} questions with a prompt above {cfg.max_prompt} tokens" if long else ""
+    note += "".join(f"\nleft out: {message}" for message in bad)
     return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run
 
 
@@ -245,7 +262,7 @@ class Scorer(torch.nn.Module):
 
 def build(cfg: TrainConfig, accelerator: Accelerator):
     """Processor, student, frozen reference. The student keeps float32 master weights; the reference takes bf16 where that is used."""
-    processor = load_processor(cfg.model)
+    processor = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels)
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     scorers = []
     for dtype in (torch.float32, half):
@@ -618,7 +635,7 @@ def main(argv=None) -> None:
     """Read, build, train, report."""
     cfg, method, parser = parse_args(argv)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(mixed_precision=precision, log_with=None if cfg.log_with == "none" else cfg.log_with)
+    accelerator = Accelerator(mixed_precision=precision, log_with=None if cfg.log_with == "none" else cfg.log_with, project_dir="runs")
     try:
         questions, held_out, note, path = read_inputs(cfg, accelerator.num_processes)
         checkpoints = Checkpoints(accelerator, path, cfg.keep)
@@ -646,7 +663,7 @@ def main(argv=None) -> None:
     if state:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"going on from {checkpoint}")
-    accelerator.project_configuration.set_directories(str(path))
+    accelerator.project_configuration.logging_dir = str(path)
     accelerator.init_trackers("ptdpo", config=config)
     accelerator.print(f"{cfg.steps} steps of {cfg.questions} questions x {cfg.group_size} responses; lam {method.lam}, tau {method.tau}, "
                       f"k {method.k}, lr {cfg.lr}; log in {path}")

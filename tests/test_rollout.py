@@ -1,5 +1,6 @@
 """rollout.py: reading, prompts, sampling, the verifier, padding."""
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import rollout
 from hints import Hint, hinted_messages
 from losses import head_scores
 from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, draw, encode_prompts, eos_tokens, extract_answer, load_processor,
-                     load_samples, load_verifier, pad_prompts, plain_messages, prefill, response_states, reward, sample_groups,
+                     load_samples, load_verifier, open_image, pad_prompts, plain_messages, prefill, prompt_tokens, response_states, reward, sample_groups,
                      sequence_bytes, uniforms, verify)
 from toy import world
 
@@ -51,6 +52,74 @@ def test_good_lines(folder):
 def test_bad_lines_name_file_line_and_field(folder, row, message):
     with pytest.raises(ValueError, match=message):
         load_samples(write(folder, {"question": "fine?", "answer": "1"}, row), Hint.from_json)
+
+
+def test_bad_lines_can_be_left_out_and_are_listed(folder):
+    fine, bad = {"question": "a?", "answer": "1", "image": "a.png"}, []
+    samples = load_samples(write(folder, fine, {**fine, "image": "broken.png"}, "{oops", fine, {**fine, "id": "data-1"}), bad=bad)
+    assert [s.id for s in samples] == ["data-1", "data-4"]
+    assert [b.partition("data.jsonl:")[2][:2] for b in bad] == ["2:", "3:", "5:"] and "is the id of line 1 already" in bad[2]
+    with pytest.raises(ValueError, match="no samples in it; first: .*:1: no answer"):
+        load_samples(write(folder, {"question": "a?"}), bad=[])
+
+
+def test_images_come_from_one_folder(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    path = write(elsewhere, {"question": "a?", "answer": "1", "image": "a.png"})
+    assert load_samples(path, image_dir=folder)[0].images == [folder / "a.png"]
+    for image in (f"../{folder.name}/a.png", str(folder / "a.png")):
+        with pytest.raises(ValueError, match="outside .*--image-dir"):
+            load_samples(write(elsewhere, {"question": "a?", "answer": "1", "image": image}))
+    assert load_samples(write(folder, {"question": "a?", "answer": "1", "image": str(folder / "a.png")}))
+
+
+def test_the_hint_of_a_hinted_prompt_is_what_is_not_the_question(folder):
+    row = {"problem": "<image>How many?", "answer": "1", "image": "a.png"}
+    [sample] = load_samples(write(folder, {**row, "prompt_with_hint": "<image> How many?\nLook left. "}), Hint.from_json)
+    assert sample.hint == Hint(steps=("Look left.",)) and sample.question == "<image>How many?"
+    with pytest.raises(ValueError, match="'prompt_with_hint': the question's text does not stand in it"):
+        load_samples(write(folder, {**row, "prompt_with_hint": "What?"}), Hint.from_json)
+
+
+def test_a_dataset_s_folder(folder, base):
+    """Images are decoded when they are used; broken ones are found before."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"problem": f"q{i}?", "answer": "\\boxed{7}", "qid": f"r{i}", "images": [Image.new("RGB", (40, 30 + i), "blue")] * (1 + i % 2)} for i in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(folder / "one")
+    datasets.DatasetDict({"test": table}).save_to_disk(folder / "many")
+    for name, split in (("one", "train"), ("many", "test")):
+        samples = load_samples(folder / name, split=split)
+        assert [s.id for s in samples] == ["r0", "r1", "r2", "r3"] and [len(s.images) for s in samples] == [1, 2, 1, 2]
+        assert open_image(samples[3].images[1]).size == (40, 33) and not isinstance(samples[3].images[1], Image.Image)
+        assert encode_prompts(base[1], samples[:1], [plain_messages(samples[0])])[0].pixels is not None
+    with pytest.raises(ValueError, match="split 'dev'"):
+        load_samples(folder / "many", split="dev")
+    raw = [{"bytes": (folder / "a.png").read_bytes(), "path": None}, {"bytes": b"nonsense", "path": None}]
+    table = datasets.Dataset.from_dict({"question": ["a?", "b?"], "answer": ["1", "2"], "image": raw}).cast_column("image", datasets.Image())
+    table.save_to_disk(folder / "broken")
+    bad = []
+    assert len(load_samples(folder / "broken", bad=bad)) == 1 and len(bad) == 1 and "broken:row 1" in bad[0]
+
+
+def test_a_dataset_without_datasets_is_one_line(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="python -m pip install datasets"):
+        load_samples("PAPOGalaxy/PAPO_ViRL39K_train")
+
+
+def test_prompt_lengths_without_decoding(base):
+    samples = world.puzzles("tune", 2)
+    samples[1].images = [Image.new("RGB", (200, 90)), Image.new("L", (56, 56))]
+    for sample, prompt in zip(samples, encode_prompts(base[1], samples, [plain_messages(s) for s in samples])):
+        assert prompt_tokens(base[1], sample) == len(prompt.ids)
+
+
+def test_pixels_limit_the_image_tokens(base):
+    small, large = (load_processor(str(ROOT / "toy" / "base"), **limit) for limit in (dict(max_pixels=56 * 56), dict(min_pixels=28 * 28 * 25, max_pixels=10**6)))
+    [sample] = world.puzzles("tune", 1)
+    counts = [encode_prompts(p, [sample], [plain_messages(sample)])[0].types.sum().item() for p in (small, base[1], large)]
+    assert counts[0] == 4 and counts[1] == 16 and counts[2] >= 25
 
 
 def test_missing_and_empty_files(folder):

@@ -9,6 +9,9 @@ import time
 
 import pytest
 import torch
+from conftest import make_tiny
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 from two_processes import make_trainer, make_work
 
 import train
@@ -116,7 +119,6 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     # the student never reads the hint: neither while sampling nor in an evaluation that is called plain
     assert all("Hint" not in text for n, texts in seen if n == 4 for text in texts)
     assert [any("Hint" in t for t in texts) for n, texts in seen if n == 1] == [False, True, False, False, True]
-    from transformers import AutoModelForImageTextToText
     model, processor = AutoModelForImageTextToText.from_pretrained(run / "model"), load_processor(str(run / "model"))
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration" and processor.chat_template
     out = capsys.readouterr().out
@@ -128,6 +130,29 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
 
 
 REAL_SAMPLE, REAL_STATES = train.sample_groups, train.response_states
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_a_whole_run_from_the_path_of_each_real_class(kind, base, tmp_path, monkeypatch, capsys):
+    """Saved with save_pretrained, loaded by path, with questions that have two images, one and none, trained, and loaded again without our code."""
+    monkeypatch.chdir(tmp_path)
+    make_tiny(kind, base[1]).save_pretrained(tmp_path / "m")
+    base[1].save_pretrained(tmp_path / "m")
+    Image.new("RGB", (70, 50), "red").save(tmp_path / "a.png")
+    rows = [{"question": "How many points ?", "answer": "7", "images": ["a.png"] * n, "hint": "look at the red cell"} for n in (2, 1, 0)]
+    rows += [{"question": "How many points ? " + "row " * 90, "answer": "7"}, {"question": "How many ?", "answer": "7", "image": "b.png"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train.main(["--model", "m", "--data", "d.jsonl", "--eval-data", "d.jsonl", "--steps", "2", "--questions", "3", "--group-size", "2", "--max-new-tokens", "6",
+                "--name", "t", "--lam", "1", "--lr", "0.01", "--max-prompt", "90", "--skip-bad", "--micro-batch", "2"])
+    out = capsys.readouterr().out
+    assert "questions: 3 from d.jsonl; 3 with a hint" in out and "left out: 2 questions with a prompt above 90 tokens" in out
+    assert out.count("left out: d.jsonl:5: field 'images': cannot read b.png") == 2              # once for each file that was read
+    metrics = logged(tmp_path / "runs" / "t")
+    assert metrics[1]["tutored"] == 1 and metrics[1]["tutor_loss"] > 0 and metrics[1]["sampler_gap"] < 1e-3
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "runs" / "t" / "model")
+    assert type(trained).__name__ == f"{kind}ForConditionalGeneration"
+    old = make_tiny(kind, base[1]).state_dict()
+    assert any(not torch.equal(p, old[name]) for name, p in trained.state_dict().items())
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints, resuming
