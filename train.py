@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
@@ -40,7 +41,7 @@ from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, scre
 from losses import head_scores
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
-                     load_verifier, plain_messages, prompt_tokens, response_states, reward, sample_groups)
+                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -65,6 +66,7 @@ class TrainConfig:
     max_hint_tokens: int = option(512, "a longer hint is dropped, never cut")
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
     audit_hints: bool = option(False, "no training: how often the frozen model is right from hints without the picture, on --eval-questions")
+    check: bool = option(False, "no training: is the machinery right for this model and these questions? Run it before any long run")
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=250)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=24)
@@ -462,6 +464,71 @@ def audit(trainer: Trainer, questions: Questions) -> str:
     return "\n".join(lines)
 
 
+def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
+    """What goes wrong silently, looked for on the user's own model and data before a long run: -> all fine?, the table.
+
+    Samples four questions, scores them in every way that training does, and grades gold answers against themselves.
+    """
+    cfg, accelerator, method = trainer.cfg, trainer.accelerator, trainer.method
+    exact, rows = accelerator.mixed_precision == "no", []
+
+    def expect(name: str, fine: bool, seen: str, advice: str) -> None:
+        rows.append(f"{'ok  ' if fine else 'FAIL'} {name}: {seen}" + ("" if fine else f"\n     -> {advice}"))
+    some = [questions[i] for i in range(min(200, len(questions.samples or range(200))))]
+    taught = [s for s in some if teacher_messages(s, cfg.teacher_context) is not None][:min(4, cfg.micro_batch)]
+    if not taught:
+        return False, f"FAIL hints: none of the first {len(some)} questions has a {cfg.teacher_context}\n     -> build hints with hints.py; without any, PTD-PO is GRPO"
+    groups, row = trainer.rollout(taught)
+    work = [group[0] for group in groups]                   # one response a question is scored: a micro-batch
+
+    def batch(which: list[Work], prompts: list[Prompt]) -> Batch:
+        return trainer._collate(which, prompts)
+
+    def encode(samples, chats) -> list[Prompt]:
+        return encode_prompts(trainer.processor, samples, chats)
+    contexts, plain = [teacher_messages(s, cfg.teacher_context) for s in taught], batch(work, [w.prompt for w in work])
+    views = {"hint": encode(taught, contexts), "nothing": encode(taught, [plain_messages(s) for s in taught]),
+             "grey": encode([replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught], contexts)}
+    with torch.no_grad(), accelerator.autocast():
+        states = {name: response_states(trainer.reference.model, batch(work, prompts))[plain.mask] for name, prompts in views.items()}
+        head = trainer.reference.head
+        moved = {name: head_scores(states[name], head, plain.ids[plain.mask], states["hint"], head, k=method.k, **trainer.settings)[2].mean().item()
+                 for name in ("nothing", "grey")}
+        together = trainer.student(plain, **trainer.settings)[0]
+        alone = [trainer.student(batch([w], [w.prompt]), **trainer.settings)[0][0] for w in work]
+    trainer.student.train()
+    logp, _, jsd = trainer.student(plain, tutored=torch.ones_like(plain.rows, dtype=torch.bool), teacher_states=states["hint"], teacher_head=head, k=method.k,
+                                   **trainer.settings)
+    ratio = (logp.detach() - together).exp().sub(1).abs().max().item()
+    expect("the ratio is 1 on the first pass", ratio < (1e-4 if exact else 1e-2), f"largest |ratio - 1| {ratio:.1e}",
+           "two passes over the same tokens differ: is there dropout in the model's config, or a kernel that is not deterministic?")
+    drawn = [max(abs(a - b) for a, b in zip(together[i].tolist(), w.rollout.logp)) for i, w in enumerate(work) if w.rollout.logp]
+    expect("the scorer agrees with the sampler", max(drawn, default=0) < (1e-3 if exact else 1.0), f"largest difference of a log-prob {max(drawn, default=0):.1e}",
+           "positions or masks differ between decoding and scoring; try --generate hf, and report the model's class")
+    gap = max((a - b[:len(a)]).abs().max().item() for a, b in zip(alone, together))
+    expect("padding changes nothing", gap < (1e-3 if exact else 0.5), f"largest difference of a log-prob, padded and alone, {gap:.1e}",
+           "the model reads its padding; report the model's class")
+    accelerator.backward(jsd.sum() / plain.mask.sum())
+    norm = torch.stack([p.grad.norm() for p in trainer.student.parameters() if p.grad is not None]).norm().item()
+    trainer.optimizer.zero_grad()
+    expect("tutoring has a gradient", norm > 1e-8, f"norm {norm:.1e}", "the teacher's distribution is the student's own, or nothing is trainable: see the two lines below")
+    expect(f"the {cfg.teacher_context} changes the teacher's distribution", moved["nothing"] > 1e-5, f"mean divergence with and without it {moved['nothing']:.1e}",
+           "the hint is not read: does the chat template drop it? Or it says nothing new")
+    pictured = any(s.images for s in taught)
+    expect("the image changes the teacher's distribution", not pictured or moved["grey"] > 1e-6, f"mean divergence to a grey one {moved['grey']:.1e}" if pictured else "no images here",
+           "the teacher does not see the image: check the column 'images' and the processor")
+    marks = torch.stack([torch.stack([p.detach().double().sum(), p.detach().double().abs().sum()]) for p in trainer.reference.parameters()]).sum(0)
+    everywhere = accelerator.gather(marks.unsqueeze(0))
+    expect("the reference is the same on every process", bool((everywhere == everywhere[0]).all()), f"{len(everywhere)} checksums", "the processes loaded different weights: is the model folder the same for all?")
+    unread = [s.id for s in some if not trainer.verify(f"\\boxed{{{s.answer}}}", s.answer, s.choices) or s.choices and pick_option(s.answer, s.choices) is None]
+    expect("gold answers verify against themselves", not unread, f"{len(some) - len(unread)} of {len(some)}, {sum(bool(s.choices) for s in some)} with options" + (f"; first that does not: {unread[0]}" if unread else ""),
+           "such an answer can never be rewarded: a gold answer that is no option, is too long, or needs --verifier math")
+    cut, count = row["truncated"], len(taught) * cfg.group_size
+    expect("responses end before the limit", cut <= 0.25, f"{100 * cut:.0f} % of {count} cut off at --max-new-tokens {cfg.max_new_tokens}", "raise --max-new-tokens, or --mask-truncated")
+    rows.append(f"     sampled: {100 * row['accuracy']:.0f} % right, {100 * row['all_failed']:.0f} % in groups that all failed, {row['length']:.0f} tokens long")
+    return not any(line.startswith("FAIL") for line in rows), "\n".join(rows)
+
+
 # --------------------------------------------------------------------------------------------------------------------- run
 class RunFolder:
     """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, model/. Only the main process writes.
@@ -654,12 +721,16 @@ def main(argv=None) -> None:
     processor, student, reference = build(cfg, accelerator)
     accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
     config = {**asdict(cfg), **asdict(method)}
-    folder = RunFolder(path, config, accelerator.is_main_process and not cfg.audit_hints, state and state["step"])
+    folder = RunFolder(path, config, accelerator.is_main_process and not (cfg.audit_hints or cfg.check), state and state["step"])
     trainer = Trainer(cfg, method, accelerator, processor, student, reference)
     accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
     if cfg.audit_hints:
         return accelerator.print(audit(trainer, questions))
+    if cfg.check:
+        fine, text = check(trainer, questions)
+        accelerator.print(text)
+        sys.exit(0 if fine else 1)
     if state:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"going on from {checkpoint}")
