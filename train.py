@@ -31,8 +31,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
@@ -82,6 +85,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
+    train_vision: bool = option(False, "train the vision tower as well; it is frozen otherwise")
     micro_batch: int = option(4, "responses in one forward pass, a process", toy=64)
     logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
     sample_mb: float = option(8192, "memory for the sequences that decode together, MiB, a process")
@@ -237,21 +241,26 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
 
 # ------------------------------------------------------------------------------------------------------------------ models
 class Scorer(torch.nn.Module):
-    """A language model as per-token scores. The head runs inside this forward, so that DDP and FSDP see every use of the weights."""
+    """A language model as per-token scores. Whatever needs the weights runs inside this forward, so that DDP and FSDP see every use of them."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
+        # what FSDP shards each by itself. The vision tower is not among them: on a process without images its gathers would be missing
+        self._no_split_modules = [name for name in model._no_split_modules if name.endswith("DecoderLayer")]
 
     @property
     def head(self) -> torch.nn.Linear:
         return self.model.get_output_embeddings()
 
-    def forward(self, batch: Batch, *, tutored=None, teacher_states=None, teacher_head=None, **settings):
+    def forward(self, batch: Batch | None = None, *, run=None, tutored=None, teacher_states=None, teacher_head=None, **settings):
         """Log-prob, entropy, Top-K JSD of the response tokens, each (B, T) with 0 outside; settings go to losses.head_scores.
 
         tutored (B,) bool: the rows that teacher_states (their tokens, H) belong to; the JSD is 0 elsewhere, None without a teacher.
+        With `run` instead: run(the language model), for whatever else needs its weights.
         """
+        if run is not None:
+            return run(self.model)
         states, mask = response_states(self.model, batch), batch.mask
         taught = mask & tutored.unsqueeze(1) if teacher_states is not None else torch.zeros_like(mask)
         passes = [(mask & ~taught, None), (taught, teacher_states)][:1 if teacher_states is None else 2]   # each token meets the head once
@@ -263,16 +272,40 @@ class Scorer(torch.nn.Module):
 
 
 def build(cfg: TrainConfig, accelerator: Accelerator):
-    """Processor, student, frozen reference. The student keeps float32 master weights; the reference takes bf16 where that is used."""
+    """Processor, student, frozen reference. The student keeps float32 master weights; the reference takes bf16 where that is used, and is
+    sharded as the student will be."""
     processor = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels)
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     scorers = []
     for dtype in (torch.float32, half):
         model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
-        scorers.append(Scorer(model).to(accelerator.device))
+        scorers.append(Scorer(model))
     student, reference = scorers
     reference.eval().requires_grad_(False)
-    return processor, student, reference
+    student.model.model.visual.requires_grad_(cfg.train_vision)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # each layer, then the root, which stays whole once it has run: the student's forward reads the reference's head
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for module in [m for m in reference.modules() if type(m).__name__ in reference._no_split_modules]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(reference, mesh=mesh, reshard_after_forward=False)
+        return processor, student, reference
+    return processor, student.to(accelerator.device), reference.to(accelerator.device)
+
+
+@contextlib.contextmanager
+def gathered(scorer: Scorer):
+    """Within scorer's forward: the weights whole until the end, gathered once instead of once a token. Nothing to do where nothing is sharded."""
+    shards = [m for m in scorer.modules() if isinstance(m, FSDPModule)]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in shards[1:]:               # the root is the first, and stays as it is until its own forward ends
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
@@ -294,9 +327,9 @@ class Trainer:
 
     def __init__(self, cfg, method, accelerator, processor, student, reference):
         self.cfg, self.method, self.accelerator, self.processor, self.reference = cfg, method, accelerator, processor, reference
-        self.policy = student.model                                           # for sampling, which needs no wrapper
-        decay = [p for p in student.parameters() if p.ndim > 1]
-        rest = [p for p in student.parameters() if p.ndim <= 1]
+        self.policy, self.sharded = student.model, accelerator.distributed_type == DistributedType.FSDP
+        trained = [p for p in student.parameters() if p.requires_grad]
+        decay, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
                                       lr=cfg.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, cfg.warmup)))
@@ -308,6 +341,14 @@ class Trainer:
         self.sampling = dict(max_new_tokens=cfg.max_new_tokens, sample_mb=cfg.sample_mb, generate=cfg.generate)
         self.skipped = 0
 
+    def sample(self, samples: list[Sample], prompts: list[Prompt], group_size: int, **settings) -> list[list[Rollout]]:
+        """sample_groups with the student."""
+        def run(model):
+            with gathered(self.student):
+                return sample_groups(model, self.processor, samples, prompts, group_size, **self.sampling, **settings)
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.student(run=run) if self.sharded else run(self.policy)
+
     def rollout(self, samples: list[Sample], keys: list[str] | None = None) -> tuple[list[list[Work]], dict]:
         """Phases 1 to 4 for this process's questions: -> one list of Work a question, and what the log says of them.
 
@@ -317,9 +358,7 @@ class Trainer:
         # 1 read
         prompts = encode_prompts(self.processor, samples, [plain_messages(s) for s in samples])
         # 2 sample: the student acts on the plain prompt
-        with self.accelerator.autocast():
-            groups = sample_groups(self.policy, self.processor, samples, prompts, cfg.group_size, keys=keys, temperature=cfg.temperature,
-                                   top_p=cfg.top_p, top_k=cfg.top_k, **self.sampling)
+        groups = self.sample(samples, prompts, cfg.group_size, keys=keys, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
         # 3 verify
         for rollout in (r for group in groups for r in group):
             rollout.correct = self.verify(rollout.text, rollout.sample.answer, rollout.sample.choices)
@@ -352,7 +391,16 @@ class Trainer:
     def _micro_batches(self, work: list[Work]):
         # a question's responses together, so that its prompt runs once, and tutored ones together; like lengths near: less padding
         work = sorted(work, key=lambda w: (len(w.prompt.ids), w.rollout.sample.id, not w.tutored))
-        return [work[a:a + self.cfg.micro_batch] for a in range(0, len(work), self.cfg.micro_batch)]
+        batches = [work[a:a + self.cfg.micro_batch] for a in range(0, len(work), self.cfg.micro_batch)]
+        if self.sharded:                        # as many forwards on every process: a response that is in no loss, again and again
+            most = self._largest(len(batches))
+            batches += [[replace(work[0], used=False, tutored=False, kl=False)]] * (most - len(batches))
+        return batches
+
+    def _largest(self, *numbers: float) -> int | list[int]:
+        """Each number's largest value over all processes."""
+        most = self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).amax(0).tolist()
+        return most if len(most) > 1 else most[0]
 
     def _collate(self, work: list[Work], prompts: list[Prompt]) -> Batch:
         return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device)
@@ -368,7 +416,8 @@ class Trainer:
         self.student.train()
         batches = self._micro_batches(work)
         for i, batch in enumerate(batches):
-            with contextlib.nullcontext() if i == len(batches) - 1 else accelerator.no_sync(self.student):
+            # one sum over processes, at the end; sharded, gradients that wait for it would be whole ones
+            with contextlib.nullcontext() if self.sharded or i == len(batches) - 1 else accelerator.no_sync(self.student):
                 loss, parts = self.loss(batch, counts)
                 # gradients are averaged over processes, and the denominators are already global: undo the average
                 accelerator.backward(loss * accelerator.num_processes)
@@ -383,6 +432,7 @@ class Trainer:
         parts = self.accumulate(work)
         # 6 step
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.cfg.grad_clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
             self.optimizer.step()
             self.schedule.step()
@@ -400,16 +450,19 @@ class Trainer:
         student_batch = self._collate(batch, [w.prompt for w in batch])
         student_batch.mask &= torch.tensor([w.used for w in batch], device=device).unsqueeze(1)
         mask, teacher, ref_logp = student_batch.mask, {}, None
+        teach, penalise = self._largest(bool(taught), bool(penalised)) if self.sharded else (taught, penalised)
         with torch.no_grad(), self.accelerator.autocast():
-            if taught:                          # the teacher: same image, same question, plus the hint; scores, never writes
-                hinted = self._collate(taught, [w.hinted for w in taught])
-                states = response_states(self.reference.model, hinted)[hinted.mask]
-                teacher = dict(tutored=tutored, teacher_states=states, teacher_head=self.reference.head, k=method.k,
-                               divergence=method.divergence, support=method.support)
-            if penalised and method.beta_kl:    # the reference without the hint
-                plain = self._collate(penalised, [w.prompt for w in penalised])
+            if teach:                           # the teacher: same image, same question, plus the hint; scores, never writes
+                hinted = self._collate(taught or batch[:1], [w.hinted or w.prompt for w in taught or batch[:1]])
+                states = self.reference(run=lambda model: response_states(model, hinted))[hinted.mask]
+                if taught:
+                    teacher = dict(tutored=tutored, teacher_states=states, teacher_head=self.reference.head, k=method.k,
+                                   divergence=method.divergence, support=method.support)
+            if penalise and method.beta_kl:     # the reference without the hint
+                plain = self._collate(penalised or batch[:1], [w.prompt for w in penalised or batch[:1]])
                 scores = self.reference(plain, **self.settings)[0]
-                ref_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask & kl.unsqueeze(1), scores[plain.mask])
+                if penalised:
+                    ref_logp = torch.zeros(mask.shape, device=device).masked_scatter(mask & kl.unsqueeze(1), scores[plain.mask])
         logp, entropy, jsd = self.student(student_batch, **teacher, **self.settings)
         old = logp.detach()
         if batch[0].old_logp is not None:
@@ -432,8 +485,7 @@ def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -
     accelerator = trainer.accelerator
     mine = [s for s in samples if messages is plain_messages or s.hint][accelerator.process_index::accelerator.num_processes]
     prompts = encode_prompts(trainer.processor, mine, [messages(s) for s in mine])
-    with accelerator.autocast():
-        groups = sample_groups(trainer.policy, trainer.processor, mine, prompts, 1, temperature=0.0, **trainer.sampling)
+    groups = trainer.sample(mine, prompts, 1, temperature=0.0)
     right = [trainer.verify(g[0].text, s.answer, s.choices) for s, g in zip(mine, groups)]
     total = accelerator.reduce(torch.tensor([sum(right), sum(len(g[0].ids) for g in groups), len(mine)], dtype=torch.float64,
                                             device=accelerator.device)).tolist()
@@ -490,7 +542,7 @@ def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
     views = {"hint": encode(taught, contexts), "nothing": encode(taught, [plain_messages(s) for s in taught]),
              "grey": encode([replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught], contexts)}
     with torch.no_grad(), accelerator.autocast():
-        states = {name: response_states(trainer.reference.model, batch(work, prompts))[plain.mask] for name, prompts in views.items()}
+        states = {name: trainer.reference(run=lambda model, b=batch(work, prompts): response_states(model, b))[plain.mask] for name, prompts in views.items()}
         head = trainer.reference.head
         moved = {name: head_scores(states[name], head, plain.ids[plain.mask], states["hint"], head, k=method.k, **trainer.settings)[2].mean().item()
                  for name in ("nothing", "grey")}
@@ -551,12 +603,12 @@ class RunFolder:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save_model(self, model, processor) -> None:
-        """Written beside and renamed: model/ is there whole or not at all."""
+    def save_model(self, model, weights: dict, processor) -> None:
+        """weights: the state dict, whole. Written beside and renamed: model/ is there whole or not at all."""
         if self.active:
             part = self.path / "model.part"
             shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part)
+            model.save_pretrained(part, state_dict=weights)
             processor.save_pretrained(part)
             shutil.rmtree(self.path / "model", ignore_errors=True)
             os.rename(part, self.path / "model")
@@ -740,9 +792,11 @@ def main(argv=None) -> None:
                       f"k {method.k}, lr {cfg.lr}; log in {path}")
     table = train(trainer, questions, held_out, folder, checkpoints, state)
     accelerator.wait_for_everyone()
-    folder.save_model(trainer.policy, processor)
+    weights = accelerator.get_state_dict(trainer.student)           # on every process, as it gathers
+    folder.save_model(trainer.policy, {name.removeprefix("model."): value for name, value in weights.items()}, processor)
     if accelerator.is_main_process:
         report(table, folder, trainer.skipped)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
