@@ -76,6 +76,8 @@ def test_labelled_spoilers(capsys):
               *wrong, sep="\n  ")
     assert hits + missed >= 100 and false + passed >= 100
     assert precision >= 0.97 and recall >= 0.97
+    # each rule has few cases: one that stops working does not move the two numbers much
+    assert {w.split("'")[1] for w in wrong} == {"half past two", "30 minutes past 2"}
 
 
 def test_a_number_of_the_question_may_be_cited_but_not_computed():
@@ -120,6 +122,17 @@ def test_spoilers_and_long_hints_are_taken_away_whole(base):
     assert hints.screen_hints(samples, base[1].tokenizer, 60) == {"spoilers": [samples[1].id], "too long": [samples[2].id]}
     assert [s.hint is not None for s in samples] == [True, False, False, True]
     assert samples[0].hint == world.hint(world.make_puzzle("tune", 0))
+
+
+def test_what_the_audit_shows():
+    sample = Sample("a", "<image>How high?", "12", ["one.png"], HINT)
+    views = hints.audit_views(sample, Hint(look=("elsewhere",)))
+    seen = {name: (s.images, messages(s)[0]["content"][-1]["text"]) for name, (s, messages) in views.items()}
+    assert [bool(images) for images, _ in seen.values()] == [True, True] + [False] * 5
+    assert ["How high?" in text for _, text in seen.values()] == [True, True, True, True, True, False, False]
+    assert ["red bar" in text for _, text in seen.values()] == [False, True, False, True, False, True, False]
+    assert ["elsewhere" in text for _, text in seen.values()] == [False] * 4 + [True, False, True]
+    assert all(text.endswith(FORMAT_PROMPT) and "<image>" not in text for _, text in seen.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------ experts
