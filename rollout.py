@@ -263,24 +263,26 @@ def pad_prompts(prompts: list[Prompt], pad_id: int, device="cpu") -> dict:
 @dataclass
 class Batch:
     """Responses on their prompts. prompts: inputs of the U different prompts; rows (B,): which of them each response answers;
-    ids (B, T): response tokens, padded on the right; mask (B, T) bool: the real ones, EOS included."""
+    ids (B, T): response tokens, padded on the right; mask (B, T) bool: the real ones, EOS included; apart: prompt i is response i's."""
     prompts: dict
     rows: Tensor
     ids: Tensor
     mask: Tensor
+    apart: bool = False
 
 
-def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, device="cpu") -> Batch:
-    """B responses, each with its Prompt; one that several responses share (the same object) is held once.
+def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, device="cpu", apart: bool = False) -> Batch:
+    """B responses, each with its Prompt; one that several responses share (the same object) is held once, unless `apart`.
 
     TRAP: the mask comes from the responses' lengths, never from `ids == pad`: EOS must be trained, and in some models it is the pad token.
     """
-    different = list({id(p): p for p in prompts}.values())
+    different = prompts if apart else list({id(p): p for p in prompts}.values())
     place = {id(p): u for u, p in enumerate(different)}
     T = max(map(len, responses))
     ids = torch.tensor([r + [pad_id] * (T - len(r)) for r in responses], device=device)
     mask = torch.arange(T, device=device) < torch.tensor([len(r) for r in responses], device=device).unsqueeze(1)
-    return Batch(pad_prompts(different, pad_id, device), torch.tensor([place[id(p)] for p in prompts], device=device), ids, mask)
+    rows = torch.tensor(range(len(prompts)) if apart else [place[id(p)] for p in prompts], device=device)
+    return Batch(pad_prompts(different, pad_id, device), rows, ids, mask, apart)
 
 
 def prefill(model, prompts: dict, rows: Tensor) -> tuple[Tensor, object, Tensor, Tensor]:
@@ -301,8 +303,14 @@ def prefill(model, prompts: dict, rows: Tensor) -> tuple[Tensor, object, Tensor,
 def response_states(model, batch: Batch) -> Tensor:
     """Final hidden states (B, T, H), differentiable: state t is the one that predicts response token t, given the tokens before it.
 
-    Each prompt runs once, and its keys and values serve all of its responses (gradients add up there).
+    Each prompt runs once, and its keys and values serve all of its responses (gradients add up there). A batch with prompts `apart` runs
+    as whole sequences, without a cache: the way for a model that recomputes its activations (gradient checkpointing).
     """
+    if batch.apart:
+        answer = batch.ids[:, :-1]
+        whole = {"input_ids": answer, "attention_mask": batch.mask[:, :-1].long(), "mm_token_type_ids": torch.zeros_like(answer)}
+        inputs = {name: torch.cat([x, whole[name]], 1) if name in whole else x for name, x in batch.prompts.items()}
+        return model.model(**inputs, use_cache=False).last_hidden_state[:, -batch.ids.shape[1]:]
     first, cache, attended, start = prefill(model, batch.prompts, batch.rows)
     T = batch.ids.shape[1]
     if T == 1:

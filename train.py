@@ -86,7 +86,8 @@ class TrainConfig:
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
     train_vision: bool = option(False, "train the vision tower as well; it is frozen otherwise")
-    micro_batch: int = option(4, "responses in one forward pass, a process", toy=64)
+    micro_tokens: int = option(8192, "tokens in one forward pass, a process: prompts, once for all their responses, responses, padding", toy=4096)
+    gradient_checkpointing: bool = option(False, "recompute activations while going back: less memory, but every response runs its prompt again")
     logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
     sample_mb: float = option(8192, "memory for the sequences that decode together, MiB, a process")
     generate: str = option("own", "own sampler, or model.generate: slower, and draws depend on batches and processes", choices=("own", "hf"))
@@ -102,7 +103,7 @@ class TrainConfig:
     seed: int = option(0, "seed of questions and sampling, 0 to 399")
 
     def __post_init__(self):
-        least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_batch=1, top_k=0,
+        least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_tokens=1, top_k=0,
                      eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -283,6 +284,9 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
     student, reference = scorers
     reference.eval().requires_grad_(False)
     student.model.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.gradient_checkpointing:
+        enable = getattr(student.model, "activation_checkpointing_enable", None) or student.model.gradient_checkpointing_enable     # its name up to 5.17
+        enable({"use_reentrant": False})
     if accelerator.distributed_type == DistributedType.FSDP:
         # each layer, then the root, which stays whole once it has run: the student's forward reads the reference's head
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -391,19 +395,29 @@ class Trainer:
     def _micro_batches(self, work: list[Work]):
         # a question's responses together, so that its prompt runs once, and tutored ones together; like lengths near: less padding
         work = sorted(work, key=lambda w: (len(w.prompt.ids), w.rollout.sample.id, not w.tutored))
-        batches = [work[a:a + self.cfg.micro_batch] for a in range(0, len(work), self.cfg.micro_batch)]
+        batches = []
+        for w in work:
+            if batches and self._tokens([*batches[-1], w]) <= self.cfg.micro_tokens:
+                batches[-1].append(w)
+            else:
+                batches.append([w])             # one that is larger than the budget goes alone
         if self.sharded:                        # as many forwards on every process: a response that is in no loss, again and again
             most = self._largest(len(batches))
             batches += [[replace(work[0], used=False, tutored=False, kl=False)]] * (most - len(batches))
         return batches
+
+    def _tokens(self, work: list[Work]) -> int:
+        """Tokens of one micro-batch, padding included, in the larger of the student's and the teacher's pass."""
+        prompts = len(work) if self.cfg.gradient_checkpointing else len({id(w.prompt) for w in work})
+        return prompts * max(len(p.ids) for w in work for p in (w.prompt, w.hinted) if p) + len(work) * max(len(w.rollout.ids) for w in work)
 
     def _largest(self, *numbers: float) -> int | list[int]:
         """Each number's largest value over all processes."""
         most = self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).amax(0).tolist()
         return most if len(most) > 1 else most[0]
 
-    def _collate(self, work: list[Work], prompts: list[Prompt]) -> Batch:
-        return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device)
+    def _collate(self, work: list[Work], prompts: list[Prompt], apart: bool = False) -> Batch:
+        return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device, apart)
 
     def accumulate(self, work: list[Work]) -> dict:
         """Phase 5: the gradient of one optimizer step, over micro-batches and processes. Returns the step's loss parts."""
@@ -447,7 +461,7 @@ class Trainer:
         device, method = self.accelerator.device, self.method
         tutored, kl = (torch.tensor([getattr(w, name) for w in batch], device=device) for name in ("tutored", "kl"))
         taught, penalised = [w for w in batch if w.tutored], [w for w in batch if w.kl]
-        student_batch = self._collate(batch, [w.prompt for w in batch])
+        student_batch = self._collate(batch, [w.prompt for w in batch], apart=self.cfg.gradient_checkpointing)
         student_batch.mask &= torch.tensor([w.used for w in batch], device=device).unsqueeze(1)
         mask, teacher, ref_logp = student_batch.mask, {}, None
         teach, penalise = self._largest(bool(taught), bool(penalised)) if self.sharded else (taught, penalised)
@@ -527,7 +541,7 @@ def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
     def expect(name: str, fine: bool, seen: str, advice: str) -> None:
         rows.append(f"{'ok  ' if fine else 'FAIL'} {name}: {seen}" + ("" if fine else f"\n     -> {advice}"))
     some = [questions[i] for i in range(min(200, len(questions.samples or range(200))))]
-    taught = [s for s in some if teacher_messages(s, cfg.teacher_context) is not None][:min(4, cfg.micro_batch)]
+    taught = [s for s in some if teacher_messages(s, cfg.teacher_context) is not None][:4]
     if not taught:
         return False, f"FAIL hints: none of the first {len(some)} questions has a {cfg.teacher_context}\n     -> build hints with hints.py; without any, PTD-PO is GRPO"
     groups, row = trainer.rollout(taught)
@@ -549,7 +563,8 @@ def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
         together = trainer.student(plain, **trainer.settings)[0]
         alone = [trainer.student(batch([w], [w.prompt]), **trainer.settings)[0][0] for w in work]
     trainer.student.train()
-    logp, _, jsd = trainer.student(plain, tutored=torch.ones_like(plain.rows, dtype=torch.bool), teacher_states=states["hint"], teacher_head=head, k=method.k,
+    learning = trainer._collate(work, [w.prompt for w in work], apart=cfg.gradient_checkpointing)
+    logp, _, jsd = trainer.student(learning, tutored=torch.ones_like(plain.rows, dtype=torch.bool), teacher_states=states["hint"], teacher_head=head, k=method.k,
                                    **trainer.settings)
     ratio = (logp.detach() - together).exp().sub(1).abs().max().item()
     expect("the ratio is 1 on the first pass", ratio < (1e-4 if exact else 1e-2), f"largest |ratio - 1| {ratio:.1e}",

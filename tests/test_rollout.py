@@ -165,8 +165,11 @@ def test_response_states_are_those_of_each_response_alone(base):
     batch = collate(prompts, responses, processor.tokenizer.pad_token_id)
     assert batch.mask.tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5, [True] * 2 + [False] * 3]
     assert batch.rows.tolist() == [0, 1, 0, 2] and len(batch.prompts["input_ids"]) == 3
+    apart = collate(prompts, responses, processor.tokenizer.pad_token_id, apart=True)
+    assert apart.rows.tolist() == [0, 1, 2, 3] and len(apart.prompts["input_ids"]) == 4
     with torch.no_grad():
         states = response_states(model, batch)
+        torch.testing.assert_close(response_states(model, apart)[batch.mask], states[batch.mask], rtol=1e-4, atol=1e-4)
         for i, (prompt, response) in enumerate(zip(prompts, responses)):
             n, row = len(response), torch.cat([prompt.ids, torch.tensor(response)])[None]
             types = torch.cat([prompt.types, torch.zeros(n, dtype=torch.long)])[None]

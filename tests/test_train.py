@@ -143,7 +143,7 @@ def test_a_whole_run_from_the_path_of_each_real_class(kind, base, tmp_path, monk
     rows += [{"question": "How many points ? " + "row " * 90, "answer": "7"}, {"question": "How many ?", "answer": "7", "image": "b.png"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train.main(["--model", "m", "--data", "d.jsonl", "--eval-data", "d.jsonl", "--steps", "2", "--questions", "3", "--group-size", "2", "--max-new-tokens", "6",
-                "--name", "t", "--lam", "1", "--lr", "0.01", "--max-prompt", "90", "--skip-bad", "--micro-batch", "2"])
+                "--name", "t", "--lam", "1", "--lr", "0.01", "--max-prompt", "90", "--skip-bad", "--micro-tokens", "200", *(["--gradient-checkpointing"] if kind == "Qwen3VL" else [])])
     out = capsys.readouterr().out
     assert "questions: 3 from d.jsonl; 3 with a hint" in out and "left out: 2 questions with a prompt above 90 tokens" in out
     assert out.count("left out: d.jsonl:5: field 'images': cannot read b.png") == 2              # once for each file that was read
@@ -338,8 +338,10 @@ def test_gradient_equals_the_plain_formula(trainer, lam, options, monkeypatch):
 
 def test_micro_batches_do_not_change_the_gradient(trainer):
     grads = []
-    for size in (1, 5, 16):
-        trainer.cfg.micro_batch = size
+    for size in (1, 300, 10**6):
+        trainer.cfg.micro_tokens = size
+        batches = trainer._micro_batches(make_work(trainer, "unequal", range(4)))
+        assert size in (1, 10**6) or 1 < len(batches) < 16 and all(trainer._tokens(b) <= size for b in batches)
         parts = trainer.accumulate(make_work(trainer, "unequal", range(4)))
         grads.append((gradient(trainer), parts))
         trainer.policy.zero_grad()
@@ -454,7 +456,7 @@ def failures(trainer, questions):
 
 
 def test_the_check_passes_on_the_default_and_names_what_is_broken(trainer, monkeypatch):
-    trainer.cfg.max_new_tokens, trainer.cfg.micro_batch, trainer.cfg.group_size = 40, 4, 2
+    trainer.cfg.max_new_tokens, trainer.cfg.group_size = 40, 2
     puzzles = train.Questions(None, 3)
     assert failures(trainer, puzzles) == []
     assert all(p.grad is None for p in trainer.policy.parameters())
@@ -499,7 +501,7 @@ def test_the_check_from_the_command_line_writes_nothing(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     for argv, code in ((["--check"], 0), (["--check", "--max-new-tokens", "4"], 1)):
         with pytest.raises(SystemExit) as stop:
-            train.main([*argv, "--micro-batch", "2", "--group-size", "2"])
+            train.main([*argv, "--group-size", "2"])
         assert stop.value.code == code
     assert "ok   the image changes the teacher's distribution" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
@@ -556,6 +558,21 @@ def alone_and_in_two(root, tmp_path, *args):
     one, two = torch.load(tmp_path / "a"), torch.load(tmp_path / "b")
     assert (one["processes"], two["processes"]) == (1, 2)
     return one, two
+
+
+def test_recomputing_activations_changes_no_gradient(trainer):
+    """With gradient checkpointing each response runs with a prompt of its own and without a cache."""
+    other = make_trainer(gradient_checkpointing=True)
+    parts = [t.accumulate(make_work(t, "unequal", range(4))) for t in (trainer, other)]
+    assert [t.policy.model.language_model.layers[0].gradient_checkpointing for t in (trainer, other)] == [False, True]
+    assert_close(gradient(other), gradient(trainer), 1e-4)
+    assert parts[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in parts[0].items()}
+    work = make_work(trainer, "unequal", range(4))
+    assert other._tokens(work) > trainer._tokens(work)
+    for t in (trainer, other):
+        t.cfg.max_new_tokens = t.sampling["max_new_tokens"] = 20
+    texts = [[w.rollout.text for group in t.rollout(world.puzzles("tune", 2))[0] for w in group] for t in (trainer, other)]
+    assert texts[0] == texts[1]                                         # sampling uses the cache either way
 
 
 @pytest.mark.parametrize("case", ["unequal", "one"])
