@@ -85,6 +85,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
+    lora: int = option(0, "rank of LoRA adapters in the language model instead of all its weights; the reference is the adapters switched off (pip install peft)")
     train_vision: bool = option(False, "train the vision tower as well; it is frozen otherwise")
     micro_tokens: int = option(8192, "tokens in one forward pass, a process: prompts, once for all their responses, responses, padding", toy=4096)
     gradient_checkpointing: bool = option(False, "recompute activations while going back: less memory, but every response runs its prompt again")
@@ -104,7 +105,7 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_tokens=1, top_k=0,
-                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -114,8 +115,11 @@ class TrainConfig:
         for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
             if getattr(self, name) > high:
                 raise ValueError(f"{flag(name)} must be at most {high}, got {getattr(self, name)}")
-        if self.log_with != "none" and find_spec(self.log_with) is None:
-            raise ValueError(f"--log-with {self.log_with}: not installed; python -m pip install {self.log_with}")
+        for needed, package in ((self.log_with != "none", self.log_with), (self.lora, "peft")):
+            if needed and find_spec(package) is None:
+                raise ValueError(f"{package} is not installed; python -m pip install {package}")
+        if self.lora and self.train_vision:
+            raise ValueError("--lora trains adapters in the language model alone: not with --train-vision")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
@@ -272,29 +276,57 @@ class Scorer(torch.nn.Module):
         return out[0], out[1], (out[2] if teacher_states is not None else None)
 
 
+class AdapterOff:
+    """The frozen reference of a LoRA run: the student with its adapters switched off."""
+
+    def __init__(self, student: Scorer):
+        self.student = student
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return self.student.head
+
+    def parameters(self):
+        return self.student.parameters()
+
+    def __call__(self, *args, **settings):
+        self.student.model.disable_adapters()
+        try:
+            return self.student(*args, **settings)
+        finally:
+            self.student.model.enable_adapters()
+
+
 def build(cfg: TrainConfig, accelerator: Accelerator):
-    """Processor, student, frozen reference. The student keeps float32 master weights; the reference takes bf16 where that is used, and is
+    """Processor, student, frozen reference. What is trained has float32 master weights; the reference takes bf16 where that is used, and is
     sharded as the student will be."""
     processor = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels)
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    scorers = []
-    for dtype in (torch.float32, half):
-        model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
-        scorers.append(Scorer(model))
-    student, reference = scorers
-    reference.eval().requires_grad_(False)
-    student.model.model.visual.requires_grad_(cfg.train_vision)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    student = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half if cfg.lora else torch.float32))
+    model = student.model
+    model.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.lora:
+        if sharded:
+            raise ValueError("--lora does not run under FSDP: use one of them")
+        from peft import LoraConfig
+        inside = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".language_model." in f".{name}"]
+        model.add_adapter(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=inside))       # float32 adapters, all else frozen
+        reference = AdapterOff(student)
+    else:
+        reference = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half)).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
-        enable = getattr(student.model, "activation_checkpointing_enable", None) or student.model.gradient_checkpointing_enable     # its name up to 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # its name up to 5.17
         enable({"use_reentrant": False})
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if sharded:
         # each layer, then the root, which stays whole once it has run: the student's forward reads the reference's head
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for module in [m for m in reference.modules() if type(m).__name__ in reference._no_split_modules]:
             fully_shard(module, mesh=mesh)
         fully_shard(reference, mesh=mesh, reshard_after_forward=False)
         return processor, student, reference
-    return processor, student.to(accelerator.device), reference.to(accelerator.device)
+    student.to(accelerator.device)
+    return processor, student, reference if cfg.lora else reference.to(accelerator.device)
 
 
 @contextlib.contextmanager
@@ -619,7 +651,7 @@ class RunFolder:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def save_model(self, model, weights: dict, processor) -> None:
-        """weights: the state dict, whole. Written beside and renamed: model/ is there whole or not at all."""
+        """weights: the state dict, whole; None writes the model's LoRA adapters. Written beside and renamed: model/ is there whole or not at all."""
         if self.active:
             part = self.path / "model.part"
             shutil.rmtree(part, ignore_errors=True)
@@ -785,12 +817,16 @@ def main(argv=None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)         # at each checkpoint: that tied weights are saved once
-    processor, student, reference = build(cfg, accelerator)
+    try:
+        processor, student, reference = build(cfg, accelerator)
+    except ValueError as error:
+        parser.error(str(error))
     accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it
     config = {**asdict(cfg), **asdict(method)}
     folder = RunFolder(path, config, accelerator.is_main_process and not (cfg.audit_hints or cfg.check), state and state["step"])
     trainer = Trainer(cfg, method, accelerator, processor, student, reference)
-    accelerator.print(f"model: {cfg.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, on "
+    count, trained = (sum(p.numel() for p in student.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
+    accelerator.print(f"model: {cfg.model}, {count:.2f} M parameters, {trained:.2f} M of them trained, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
     if cfg.audit_hints:
         return accelerator.print(audit(trainer, questions))
@@ -807,8 +843,8 @@ def main(argv=None) -> None:
                       f"k {method.k}, lr {cfg.lr}; log in {path}")
     table = train(trainer, questions, held_out, folder, checkpoints, state)
     accelerator.wait_for_everyone()
-    weights = accelerator.get_state_dict(trainer.student)           # on every process, as it gathers
-    folder.save_model(trainer.policy, {name.removeprefix("model."): value for name, value in weights.items()}, processor)
+    weights = None if cfg.lora else {name.removeprefix("model."): value for name, value in accelerator.get_state_dict(trainer.student).items()}
+    folder.save_model(trainer.policy, weights, processor)
     if accelerator.is_main_process:
         report(table, folder, trainer.skipped)
     accelerator.wait_for_everyone()

@@ -273,7 +273,8 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monke
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert "--log-with wandb: not installed; python -m pip install wandb" in refuse(capsys, "--log-with", "wandb")
+    assert "wandb is not installed; python -m pip install wandb" in refuse(capsys, "--log-with", "wandb")
+    assert "peft is not installed; python -m pip install peft" in refuse(capsys, "--lora", "4")
 
 
 # ---------------------------------------------------------------------------------------------------------------- the gradient
@@ -573,6 +574,31 @@ def test_recomputing_activations_changes_no_gradient(trainer):
         t.cfg.max_new_tokens = t.sampling["max_new_tokens"] = 20
     texts = [[w.rollout.text for group in t.rollout(world.puzzles("tune", 2))[0] for w in group] for t in (trainer, other)]
     assert texts[0] == texts[1]                                         # sampling uses the cache either way
+
+
+def test_lora_trains_adapters_and_its_reference_is_the_model_without_them(trainer, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    adapted = make_trainer(lora=4, lr=0.01, warmup=0)
+    names = {name for name, p in adapted.policy.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name and "language_model" in name for name in names)
+    work = make_work(trainer, "unequal", range(4))
+    batch = trainer._collate(work, [w.prompt for w in work])
+    first = trainer.accumulate(make_work(trainer, "unequal", range(4)))
+    with torch.no_grad():
+        before = adapted.reference(batch, **adapted.settings)[0]
+        torch.testing.assert_close(before, trainer.reference(batch, **trainer.settings)[0])
+    got = adapted.update(make_work(adapted, "unequal", range(4)))
+    assert got["tutor_loss"] == pytest.approx(first["tutor_loss"], rel=1e-4)                # adapters start as nothing
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.reference(batch, **adapted.settings)[0], before)
+        assert (adapted.student(batch, **adapted.settings)[0] - before).abs().max() > 1e-3
+    assert {name for name, p in adapted.policy.named_parameters() if p.requires_grad} == names
+    train.main([*TINY, "--name", "t", "--lora", "4", "--save-every", "1"])
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "runs" / "t" / "model")
+    assert (tmp_path / "runs" / "t" / "model" / "adapter_model.safetensors").is_file()
+    assert any("lora_" in name and p.abs().max() > 0 for name, p in trained.named_parameters() if "lora_B" in name)
+    train.main(["--resume", "runs/t", "--steps", "3"])
 
 
 @pytest.mark.parametrize("case", ["unequal", "one"])
