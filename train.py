@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
-from losses import head_scores
+from losses import head_scores, head_scores_bytes
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
                      load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups)
@@ -70,6 +70,7 @@ class TrainConfig:
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
     audit_hints: bool = option(False, "no training: how often the frozen model is right from hints without the picture, on --eval-questions")
     check: bool = option(False, "no training: is the machinery right for this model and these questions? Run it before any long run")
+    plan: int = option(0, "no training: memory of each part, predicted from the model's config, on this many GPUs (sharded if more than one)", shown="1 if no number", const=1)
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=250)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=24)
@@ -105,7 +106,7 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_tokens=1, top_k=0,
-                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, plan=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -154,7 +155,8 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
             if f.type == "bool":
                 group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
                 continue
-            group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices,
+            bare = {"nargs": "?", "const": f.metadata["const"]} if "const" in f.metadata else {}
+            group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices, **bare,
                                metavar="|".join(choices) if choices else f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if given.get("resume"):
@@ -342,6 +344,44 @@ def gathered(scorer: Scorer):
         for module in shards[1:]:               # the root is the first, and stays as it is until its own forward ends
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+def plan(cfg: TrainConfig, method: PTDPOConfig, gpus: int, bf16: bool) -> dict[str, float]:
+    """Memory a GPU in GiB, by part, and "peak": from the config alone, nothing is loaded.
+
+    Parameters are counted on the meta device. Activations: 30 H + 8 I + 4 KV + 8 bytes a token and layer in bf16, 32 H + 16 I + 8 KV + 8 in
+    float32 (hidden, intermediate and key-value sizes), as counted from the tensors that transformers 5.23's Qwen2-VL layers save for
+    backward; 4 H and one layer's all when they are recomputed. Not in it: the allocator's own waste, attention masks, the vision tower's pass.
+    """
+    config = AutoConfig.from_pretrained(cfg.model)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    text, half = config.text_config, 2 if bf16 else 4
+    every, tower = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.visual))
+    layer = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
+    inside = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    trained = sum(cfg.lora * (m.in_features + m.out_features) for m in inside) if cfg.lora else every - (0 if cfg.train_vision else tower)
+    kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    a, b, c = (30, 8, 4) if bf16 else (32, 16, 8)
+    token = a * text.hidden_size + b * text.intermediate_size + c * kv + 8
+    copies = 0 if not bf16 or cfg.lora else 2 * (every - layer * (text.num_hidden_layers - 2) if gpus > 1 else every)
+    head = head_scores_bytes(cfg.micro_tokens, text.hidden_size, text.vocab_size, k=method.k, logits_mb=cfg.logits_mb,
+                             dtype=torch.bfloat16 if bf16 else torch.float32, train_head=not cfg.lora)
+    layers = (4 * text.hidden_size * text.num_hidden_layers + token) if cfg.gradient_checkpointing else token * text.num_hidden_layers
+    parts = {"weights": (half * every + 4 * trained if cfg.lora else 4 * every) / gpus, "AdamW": 8 * trained / gpus,
+             "reference": 0 if cfg.lora else half * every / gpus, "gradients": 4 * trained / gpus, "bf16 copies": copies,
+             "activations": cfg.micro_tokens * layers, "logits, head": head}
+    standing = parts["weights"] + parts["AdamW"] + parts["reference"]
+    parts["caches, sampling"] = cfg.sample_mb * 2**20 + (half * every if gpus > 1 else copies)
+    parts["peak"] = max(sum(parts.values()) - parts["caches, sampling"], standing + parts["caches, sampling"])
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def plan_table(parts: dict[str, float], gpus: int) -> str:
+    """`plan` for reading."""
+    lines = [f"{name:20s}{size:8.1f} GiB" for name, size in parts.items() if name != "peak"]
+    return "\n".join([f"predicted memory, each of {gpus} GPU{'s, sharded' if gpus > 1 else ''}:", *lines,
+                      f"{'peak':20s}{parts['peak']:8.1f} GiB: while updating, or weights, AdamW and reference with the caches while sampling"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
@@ -812,6 +852,8 @@ def main(argv=None) -> None:
             raise ValueError(f"--resume: {checkpoint} has done all {cfg.steps} steps; give a larger --steps to go on")
     except ValueError as error:
         parser.error(str(error))
+    if cfg.plan:
+        return accelerator.print(plan_table(plan(cfg, method, cfg.plan, cfg.precision != "no"), cfg.plan))
     set_seed(cfg.seed, device_specific=True)
     torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
     transformers_logging.set_verbosity_error()
@@ -847,6 +889,9 @@ def main(argv=None) -> None:
     folder.save_model(trainer.policy, weights, processor)
     if accelerator.is_main_process:
         report(table, folder, trainer.skipped)
+        if torch.cuda.is_available():
+            print(f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
+                  f"{plan(cfg, method, accelerator.num_processes if trainer.sharded else 1, precision == 'bf16')['peak']:.1f}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -601,6 +601,50 @@ def test_lora_trains_adapters_and_its_reference_is_the_model_without_them(traine
     train.main(["--resume", "runs/t", "--steps", "3"])
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_plan_s_activations_are_what_is_saved_for_backward(bf16, recomputed, base, tmp_path):
+    """Counted from the tensors of a real forward, weights and their bf16 copies excluded."""
+    model = make_tiny("Qwen2VL", base[1]).train()
+    if recomputed:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    tokens, kept = 300, {}
+    weights = {tuple(p.shape) for p in model.parameters()}
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in storages and tuple(x.shape) not in weights and tuple(x.T.shape if x.ndim == 2 else x.shape) not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        out = model.model(input_ids=torch.randint(10, 60, (1, tokens)), use_cache=False)
+    seen = sum(storage.nbytes() for storage in kept.values())
+    del out
+    model.save_pretrained(tmp_path)
+    cfg = train.TrainConfig(model=str(tmp_path), micro_tokens=tokens, gradient_checkpointing=recomputed)
+    parts = train.plan(cfg, PTDPOConfig(), 1, bf16)
+    text = model.config.text_config
+    once = (30 * text.hidden_size + 8 * text.intermediate_size + 4 * 24 + 8 if bf16 else 32 * text.hidden_size + 16 * text.intermediate_size + 8 * 24 + 8) * tokens
+    planned = parts["activations"] * 2**30 - (once if recomputed else 0)        # while going back one layer's are there as well; not yet here
+    # besides the layers: embeddings, positions and the last norm, some 20 H a token
+    assert 0 <= seen - planned <= 24 * text.hidden_size * tokens, (seen, planned)
+    every, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.model.visual.parameters())
+    assert parts["weights"] * 2**30 == 4 * every and parts["AdamW"] * 2**30 == 8 * trained and parts["gradients"] * 2**30 == 4 * trained
+    assert parts["reference"] * 2**30 == (2 if bf16 else 4) * every
+    half = train.plan(cfg, PTDPOConfig(), 2, bf16)
+    assert all(half[name] == parts[name] / 2 for name in ("weights", "AdamW", "gradients", "reference"))
+    assert parts["peak"] >= parts["weights"] + parts["AdamW"] + parts["reference"]
+
+
+def test_the_plan_loads_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
+    train.main(["--plan"])
+    train.main(["--plan", "8"])
+    out = capsys.readouterr().out
+    assert "each of 1 GPU:" in out and "each of 8 GPUs, sharded:" in out and out.count("peak ") == 2
+
+
 @pytest.mark.parametrize("case", ["unequal", "one"])
 def test_two_processes_give_the_gradient_of_one(case, root, tmp_path):
     """gloo, two processes with different numbers of tutored tokens; in case "one" a process has none."""
