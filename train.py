@@ -87,7 +87,7 @@ class TrainConfig:
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
     lora: int = option(0, "rank of LoRA adapters in the language model instead of all its weights; the reference is the adapters switched off (pip install peft)")
-    train_vision: bool = option(False, "train the vision tower as well; it is frozen otherwise")
+    train_vision: bool = option(False, "train the vision tower as well, but under --lora; the questions then all need an image if there are several processes", toy=True)
     micro_tokens: int = option(8192, "tokens in one forward pass, a process: prompts, once for all their responses, responses, padding", toy=4096)
     gradient_checkpointing: bool = option(False, "recompute activations while going back: less memory, but every response runs its prompt again")
     logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
@@ -119,8 +119,6 @@ class TrainConfig:
         for needed, package in ((self.log_with != "none", self.log_with), (self.lora, "peft")):
             if needed and find_spec(package) is None:
                 raise ValueError(f"{package} is not installed; python -m pip install {package}")
-        if self.lora and self.train_vision:
-            raise ValueError("--lora trains adapters in the language model alone: not with --train-vision")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
@@ -153,7 +151,8 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
             shown = f.metadata.get("shown", f.default if toy is None else f"{f.default} | {toy}")
             choices = f.metadata.get("choices")
             if f.type == "bool":
-                group.add_argument(flag(f.name), action="store_true", default=None, help=f.metadata["help"])
+                action = "store_true" if toy is None else argparse.BooleanOptionalAction
+                group.add_argument(flag(f.name), action=action, default=None, help=f.metadata["help"] + ("" if toy is None else f" [{shown}]"))
                 continue
             bare = {"nargs": "?", "const": f.metadata["const"]} if "const" in f.metadata else {}
             group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices, **bare,
@@ -241,6 +240,8 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         note += f"; {strangers} lines of {cfg.hints} belong to no question here" if strangers else ""
         teachable = sum(teacher_messages(s, cfg.teacher_context) is not None for s in samples)
         note += f"; {len(samples) - teachable} are never tutored, for want of a {cfg.teacher_context}" if teachable < len(samples) else ""
+    if samples and cfg.train_vision and world_size > 1 and not all(s.images for s in samples):
+        raise ValueError("--train-vision in several processes needs an image in every question: a micro-batch without one leaves the tower's weights out")
     note += f"\nleft out: {long} questions with a prompt above {cfg.max_prompt} tokens" if long else ""
     note += "".join(f"\nleft out: {message}" for message in bad)
     return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run
@@ -307,7 +308,7 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     student = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half if cfg.lora else torch.float32))
     model = student.model
-    model.model.visual.requires_grad_(cfg.train_vision)
+    model.model.visual.requires_grad_(cfg.train_vision and not cfg.lora)
     if cfg.lora:
         if sharded:
             raise ValueError("--lora does not run under FSDP: use one of them")

@@ -346,9 +346,10 @@ def test_bad_options(args, message, tmp_path, capsys):
 
 def test_a_local_model_as_the_expert(base, tmp_path, capsys):
     """The embedded model writes no JSON: every reply is rejected and counted."""
-    assert hints.main(["--out", str(tmp_path / "h.jsonl"), "--model", str(ROOT / "toy" / "base"), "--limit", "2", "--tries", "2", "--max-new-tokens", "12"]) == 0
+    assert hints.main(["--out", str(tmp_path / "h.jsonl"), "--model", str(ROOT / "toy" / "base"), "--limit", "2", "--tries", "2", "--max-new-tokens", "3"]) == 0
     records = [json.loads(line) for line in (tmp_path / "h.jsonl").read_text().splitlines()]
     assert len(records) == 2 and all(r["hint"] is None and len(r["rejected"]) == 2 for r in records)
+    assert {reply[0].partition(":")[0] for r in records for reply in r["rejected"]} == {"cut off"}
     assert "left without 2" in capsys.readouterr().out
 
 
