@@ -140,7 +140,7 @@ _SMALL = dict(zip("zero one two three four five six seven eight nine ten eleven 
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
 _CARDINAL = rf"(?:an? (?=dozen|hundred|thousand))?(?:{'|'.join(sorted([*_SMALL, *_SCALES], key=len, reverse=True))})"
-_CARDINAL = rf"{_CARDINAL}(?:(?:-| and | )?\b{_CARDINAL}\b)*"
+_CARDINAL = rf"{_CARDINAL}(?:(?:-| and | )?\b{_CARDINAL}\b){{0,8}}"            # bounded: a long run of such words must not cost its square
 _FRACTION = re.compile(rf"\b({_CARDINAL}|an?)[- ]({'|'.join(_PARTS)}|halve)s?\b", re.I)
 _NUMBER = re.compile(r"\\frac ?(?:\{ ?\d+ ?\}|\d) ?(?:\{ ?\d+ ?\}|\d)|\d+ \d+ ?/ ?\d+|"
                      r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+| ?/ ?\d+|\^\{?\d+\}?)?(?: ?%)?")

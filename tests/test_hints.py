@@ -97,7 +97,7 @@ def test_three_thousand_puzzle_hints_hold_no_spoiler():
 def test_no_text_breaks_the_spoiler_check():
     rng = random.Random(0)
     pieces = ["\\frac{", "}", "{", "(A) ", "hundred ", "one half ", "1/0", "9" * 400, "\x00", "½", "\U0001d7d9", "e9999", "^", "=", "-", " and ", ";", "\\boxed{", "ⅷ", "\ud800", "B."]
-    for i in range(300):
+    for i in range(100):
         text, question, answer = ("x" + "".join(rng.choices(pieces, k=rng.randint(0, 12))) for _ in range(3))
         assert isinstance(find_spoilers(Hint(look=(text,)), question, answer.lstrip("x")), list)
     find_spoilers(Hint(look=("hundred " * 3000,)), "?", "7")
@@ -322,17 +322,16 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
         return chat_reply(GOOD)
     server, out = serve(behave), tmp_path / "h.jsonl"
     args = [sys.executable, str(ROOT / "hints.py"), "--data", str(tmp_path / "d.jsonl"), "--out", str(out), "--model", "m", "--api-base", server.url, "--parallel", "3"]
-    for lines in (4, 17):
-        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= lines):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert out.read_bytes().endswith(b"\n") and len(hints.load_hints(out)) >= lines
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 7):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert out.read_bytes().endswith(b"\n") and len(hints.load_hints(out)) >= 7
     out.write_bytes(out.read_bytes() + b'{"id": "q39", "hi')                # as a crash of the machine may leave it
     assert subprocess.run(args, capture_output=True, text=True, check=True).stderr.count("last line was not whole") == 1
     assert sorted(hints.load_hints(out)) == sorted(f"q{i}" for i in range(40))
-    assert sum(server.asked.values()) <= 40 + 2 * 3                         # a kill loses no more than the questions in flight
+    assert sum(server.asked.values()) <= 40 + 3                             # a kill loses no more than the questions in flight
 
 
 @pytest.mark.parametrize("args,message", [(["--source", "attention", "--api-base", "http://x"], "--api-base is for"), (["--overlay", "maps"], "--overlay for"),

@@ -177,11 +177,11 @@ def wait_for(process, run, steps):
     assert process.poll() is None, process.communicate()
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
     """SIGKILL at a random moment, SIGTERM in the resumed run, resumed again: the same metrics and weights, bit for bit, as a run left alone."""
     whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
-    first = start(tmp_path, *LONGER, "--name", "whole")
-    assert first.communicate()[1] is not None and first.returncode == 0
+    monkeypatch.chdir(tmp_path)
+    train.main([*LONGER, "--name", "whole"])
     seed = random.randrange(10**6)
     process = start(tmp_path, *LONGER, "--name", "broken")
     wait_for(process, broken, 2)
@@ -208,8 +208,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     for name in ("model/model.safetensors", "checkpoints/step-00000006/model.safetensors", "checkpoints/step-00000006/optimizer.bin"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), (seed, name)
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]      # --keep 2
-    done = start(tmp_path, "--resume", "runs/whole")
-    assert "has done all 6 steps; give a larger --steps" in done.communicate()[1] and done.returncode == 2
+    assert "has done all 6 steps; give a larger --steps" in refuse(capsys, "--resume", "runs/whole")
 
 
 @pytest.fixture
@@ -531,7 +530,7 @@ def test_the_audit_finds_no_leak_in_the_puzzles_and_finds_one_that_is_there(trai
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-    handle = next(trainer.policy.parameters()).register_hook(lambda g: g * float("nan"))
+    handle = next(p for p in trainer.policy.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
     work = make_work(trainer, "one", range(2))
     assert trainer.update(work)["skipped_steps"] == 1
     assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
@@ -561,103 +560,19 @@ def alone_and_in_two(root, tmp_path, *args):
     return one, two
 
 
-def test_recomputing_activations_changes_no_gradient(trainer):
-    """With gradient checkpointing each response runs with a prompt of its own and without a cache."""
-    other = make_trainer(gradient_checkpointing=True)
-    parts = [t.accumulate(make_work(t, "unequal", range(4))) for t in (trainer, other)]
-    assert [t.policy.model.language_model.layers[0].gradient_checkpointing for t in (trainer, other)] == [False, True]
-    assert_close(gradient(other), gradient(trainer), 1e-4)
-    assert parts[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in parts[0].items()}
-    work = make_work(trainer, "unequal", range(4))
-    assert other._tokens(work) > trainer._tokens(work)
-    for t in (trainer, other):
-        t.cfg.max_new_tokens = t.sampling["max_new_tokens"] = 20
-    texts = [[w.rollout.text for group in t.rollout(world.puzzles("tune", 2))[0] for w in group] for t in (trainer, other)]
-    assert texts[0] == texts[1]                                         # sampling uses the cache either way
-
-
-def test_lora_trains_adapters_and_its_reference_is_the_model_without_them(trainer, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    monkeypatch.chdir(tmp_path)
-    adapted = make_trainer(lora=4, lr=0.01, warmup=0)
-    names = {name for name, p in adapted.policy.named_parameters() if p.requires_grad}
-    assert names and all("lora_" in name and "language_model" in name for name in names)
-    work = make_work(trainer, "unequal", range(4))
-    batch = trainer._collate(work, [w.prompt for w in work])
-    first = trainer.accumulate(make_work(trainer, "unequal", range(4)))
-    with torch.no_grad():
-        before = adapted.reference(batch, **adapted.settings)[0]
-        torch.testing.assert_close(before, trainer.reference(batch, **trainer.settings)[0])
-    got = adapted.update(make_work(adapted, "unequal", range(4)))
-    assert got["tutor_loss"] == pytest.approx(first["tutor_loss"], rel=1e-4)                # adapters start as nothing
-    with torch.no_grad():
-        torch.testing.assert_close(adapted.reference(batch, **adapted.settings)[0], before)
-        assert (adapted.student(batch, **adapted.settings)[0] - before).abs().max() > 1e-3
-    assert {name for name, p in adapted.policy.named_parameters() if p.requires_grad} == names
-    train.main([*TINY, "--name", "t", "--lora", "4", "--save-every", "1"])
-    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "runs" / "t" / "model")
-    assert (tmp_path / "runs" / "t" / "model" / "adapter_model.safetensors").is_file()
-    assert any("lora_" in name and p.abs().max() > 0 for name, p in trained.named_parameters() if "lora_B" in name)
-    train.main(["--resume", "runs/t", "--steps", "3"])
-
-
-@pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_the_plan_s_activations_are_what_is_saved_for_backward(bf16, recomputed, base, tmp_path):
-    """Counted from the tensors of a real forward, weights and their bf16 copies excluded."""
-    model = make_tiny("Qwen2VL", base[1]).train()
-    if recomputed:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    tokens, kept = 300, {}
-    weights = {tuple(p.shape) for p in model.parameters()}
-    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in storages and tuple(x.shape) not in weights and tuple(x.T.shape if x.ndim == 2 else x.shape) not in weights:
-            kept[storage.data_ptr()] = storage
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        out = model.model(input_ids=torch.randint(10, 60, (1, tokens)), use_cache=False)
-    seen = sum(storage.nbytes() for storage in kept.values())
-    del out
-    model.save_pretrained(tmp_path)
-    cfg = train.TrainConfig(model=str(tmp_path), micro_tokens=tokens, gradient_checkpointing=recomputed)
-    parts = train.plan(cfg, PTDPOConfig(), 1, bf16)
-    text = model.config.text_config
-    once = (30 * text.hidden_size + 8 * text.intermediate_size + 4 * 24 + 8 if bf16 else 32 * text.hidden_size + 16 * text.intermediate_size + 8 * 24 + 8) * tokens
-    planned = parts["activations"] * 2**30 - (once if recomputed else 0)        # while going back one layer's are there as well; not yet here
-    # besides the layers: embeddings, positions and the last norm, some 20 H a token
-    assert 0 <= seen - planned <= 24 * text.hidden_size * tokens, (seen, planned)
-    every, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.model.visual.parameters())
-    assert parts["weights"] * 2**30 == 4 * every and parts["AdamW"] * 2**30 == 8 * trained and parts["gradients"] * 2**30 == 4 * trained
-    assert parts["reference"] * 2**30 == (2 if bf16 else 4) * every
-    half = train.plan(cfg, PTDPOConfig(), 2, bf16)
-    assert all(half[name] == parts[name] / 2 for name in ("weights", "AdamW", "gradients", "reference"))
-    assert parts["peak"] >= parts["weights"] + parts["AdamW"] + parts["reference"]
-
-
-def test_the_plan_loads_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
-    train.main(["--plan"])
-    train.main(["--plan", "8"])
-    out = capsys.readouterr().out
-    assert "each of 1 GPU:" in out and "each of 8 GPUs, sharded:" in out and out.count("peak ") == 2
-
-
-@pytest.mark.parametrize("case", ["unequal", "one"])
-def test_two_processes_give_the_gradient_of_one(case, root, tmp_path):
+def test_two_processes_give_the_gradient_of_one(root, tmp_path):
     """gloo, two processes with different numbers of tutored tokens; in case "one" a process has none."""
-    one, two = alone_and_in_two(root, tmp_path, case)
-    assert_close(two["grads"], one["grads"], 1e-5)
-    for name, value in one["parts"].items():
-        assert two["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-9)
+    one, two = alone_and_in_two(root, tmp_path)
+    for case in ("unequal", "one"):
+        assert_close(two[case]["grads"], one[case]["grads"], 1e-5)
+        for name, value in one[case]["parts"].items():
+            assert two[case]["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-9)
 
 
 def test_two_sharded_processes_do_three_steps_as_one_does(root, tmp_path):
     """FSDP2 over gloo, student and reference sharded; a process has nothing to tutor and fewer micro-batches, the other no image in one of
     its questions. Losses, weights, the responses that the result samples, and a checkpoint that was written and loaded."""
-    one, two = alone_and_in_two(root, tmp_path, "one", "fsdp")
+    one, two = alone_and_in_two(root, tmp_path, "fsdp")
     assert not one["sharded"] and two["sharded"] == [4, 4]        # three layers and the root
     for alone, sharded in zip(one["parts"], two["parts"]):
         for name, value in alone.items():
@@ -669,11 +584,11 @@ def test_two_sharded_processes_do_three_steps_as_one_does(root, tmp_path):
     assert two["loaded"]
 
 
-def test_a_sharded_run_goes_on_with_another_number_of_processes(root, tmp_path):
+def test_a_sharded_run_goes_on_with_another_number_of_processes(root, tmp_path, monkeypatch):
     """train.py with FSDP2 in two processes, resumed in three: the log of one process on the same questions, and a model that loads."""
     options = ["--questions", "6", "--group-size", "4", "--eval-questions", "5", "--eval-every", "1", "--save-every", "1", "--lr", "1e-4"]
-    alone = start(tmp_path, *options, "--steps", "3", "--name", "alone")
-    assert alone.communicate() and alone.returncode == 0
+    monkeypatch.chdir(tmp_path)
+    train.main([*options, "--steps", "3", "--name", "alone"])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for processes, more in ((2, [*options, "--steps", "2", "--name", "sharded"]), (3, ["--resume", "runs/sharded", "--steps", "3"])):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),

@@ -1,6 +1,6 @@
 """Run by test_train.py, alone and under torchrun: the gradient of one step over fixed responses, saved by the main process.
 
-    python tests/two_processes.py OUT CASE [fsdp]       CASE: unequal (both processes tutor), one (only process 0 does)
+    python tests/two_processes.py OUT [fsdp]            cases: unequal (both processes tutor), one (only process 0 does)
     python tests/two_processes.py train OPTIONS         train.py with FSDP2 on a CPU
 """
 import os
@@ -92,15 +92,18 @@ if __name__ == "__main__":
         train.Accelerator = sharding_accelerator
         train.main(sys.argv[2:])
         sys.exit()
-    out, case, *fsdp = sys.argv[1:]
+    out, *fsdp = sys.argv[1:]
     trainer = make_trainer(bool(fsdp), **({"lr": 1e-4, "warmup": 0, "group_size": 2, "max_new_tokens": 30} if fsdp else {}))
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
     if fsdp:
         sharded_run(trainer, out)
     else:
-        parts = trainer.accumulate(make_work(trainer, case, range(rank, 4, world_size)))
+        saved = {"processes": world_size}
+        for case in TUTORED:
+            parts = trainer.accumulate(make_work(trainer, case, range(rank, 4, world_size)))
+            saved[case] = {"grads": {name: p.grad.clone() for name, p in trainer.policy.named_parameters() if p.grad is not None}, "parts": parts}
+            trainer.optimizer.zero_grad()
         if trainer.accelerator.is_main_process:
-            grads = {name: p.grad for name, p in trainer.policy.named_parameters() if p.grad is not None}
-            torch.save({"grads": grads, "parts": parts, "processes": world_size}, out)
+            torch.save(saved, out)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
