@@ -230,7 +230,8 @@ def find_spoilers(hint: Hint, question: str, answer: str, choices: list[str] | N
 
 
 def _names_option(letter: str, text: str, stem: str) -> bool:
-    dress = rf"\({letter}\)|\b(?:option|choice|answer|letter|pick|choose|select|mark)s? \(?{letter}\b|(?:^|\s)[\"']?{letter}[\"']?(?:\)|\.(?=\s[A-Z]|$)| (?:is|fits|must be) (?:the )?(?:best|right|correct|true))"
+    dress = (rf"\({letter}\)|\b(?:option|choice|answer|letter|pick|choose|select|mark)s? \(?{letter}\b|"
+             rf"(?:^|\s)[\"']?{letter}[\"']?(?:\)|\.(?=\s[A-Z]|$)| (?:is|fits|must be) (?:the )?(?:best|right|correct|true))")
     if re.search(dress, text, re.I if letter not in "AI" else 0) or re.search(rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])", text):
         return True
     # alone, as a capital: unless it labels a point or line, or the question has it

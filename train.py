@@ -43,7 +43,7 @@ from transformers import logging as transformers_logging
 from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
 from losses import head_scores, head_scores_bytes
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
-from rollout import (Batch, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
+from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
                      load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups)
 from toy import world
 
@@ -70,7 +70,7 @@ class TrainConfig:
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
     audit_hints: bool = option(False, "no training: how often the frozen model is right from hints without the picture, on --eval-questions")
     check: bool = option(False, "no training: is the machinery right for this model and these questions? Run it before any long run")
-    plan: int = option(0, "no training: memory of each part, predicted from the model's config, on this many GPUs (sharded if more than one)", shown="1 if no number", const=1)
+    plan: int = option(0, "no training: predicted memory of each part on this many GPUs, sharded if more than one", shown="0; 1 if bare", const=1)
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=250)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=24)
@@ -86,8 +86,8 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)")
     warmup: int = option(10, "steps of linear warm-up, then constant")
     grad_clip: float = option(1.0, "largest gradient norm (paper: 1.0)")
-    lora: int = option(0, "rank of LoRA adapters in the language model instead of all its weights; the reference is the adapters switched off (pip install peft)")
-    train_vision: bool = option(False, "train the vision tower as well, but under --lora; the questions then all need an image if there are several processes", toy=True)
+    lora: int = option(0, "rank of LoRA adapters, trained instead of the weights; 0: none (pip install peft)")
+    train_vision: bool = option(False, "train the vision tower as well, but under --lora", toy=True)
     micro_tokens: int = option(8192, "tokens in one forward pass, a process: prompts, once for all their responses, responses, padding", toy=4096)
     gradient_checkpointing: bool = option(False, "recompute activations while going back: less memory, but every response runs its prompt again")
     logits_mb: float = option(512, "memory for logits while scoring, MiB, a process: how many tokens meet the output head at once")
@@ -106,7 +106,8 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_tokens=1, top_k=0,
-                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, plan=0, max_hint_tokens=1, save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
+                     eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, plan=0, max_hint_tokens=1,
+                     save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
@@ -198,8 +199,8 @@ class Questions:
         return self.samples[order[place]]
 
 
-def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path]:
-    """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the new run folder.
+def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path, ImageTextProcessor]:
+    """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the run folder, the processor.
 
     A hint that holds a spoiler or is too long is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
     """
@@ -244,7 +245,7 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         raise ValueError("--train-vision in several processes needs an image in every question: a micro-batch without one leaves the tower's weights out")
     note += f"\nleft out: {long} questions with a prompt above {cfg.max_prompt} tokens" if long else ""
     note += "".join(f"\nleft out: {message}" for message in bad)
-    return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run
+    return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run, processor
 
 
 # ------------------------------------------------------------------------------------------------------------------ models
@@ -301,9 +302,8 @@ class AdapterOff:
 
 
 def build(cfg: TrainConfig, accelerator: Accelerator):
-    """Processor, student, frozen reference. What is trained has float32 master weights; the reference takes bf16 where that is used, and is
+    """Student and frozen reference. What is trained has float32 master weights; the reference takes bf16 where that is used, and is
     sharded as the student will be."""
-    processor = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels)
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     sharded = accelerator.distributed_type == DistributedType.FSDP
     student = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half if cfg.lora else torch.float32))
@@ -327,9 +327,9 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
         for module in [m for m in reference.modules() if type(m).__name__ in reference._no_split_modules]:
             fully_shard(module, mesh=mesh)
         fully_shard(reference, mesh=mesh, reshard_after_forward=False)
-        return processor, student, reference
+        return student, reference
     student.to(accelerator.device)
-    return processor, student, reference if cfg.lora else reference.to(accelerator.device)
+    return student, reference if cfg.lora else reference.to(accelerator.device)
 
 
 @contextlib.contextmanager
@@ -475,7 +475,7 @@ class Trainer:
             else:
                 batches.append([w])             # one that is larger than the budget goes alone
         if self.sharded:                        # as many forwards on every process: a response that is in no loss, again and again
-            most = self._largest(len(batches))
+            [most] = self._largest(len(batches))
             batches += [[replace(work[0], used=False, tutored=False, kl=False)]] * (most - len(batches))
         return batches
 
@@ -484,10 +484,9 @@ class Trainer:
         prompts = len(work) if self.cfg.gradient_checkpointing else len({id(w.prompt) for w in work})
         return prompts * max(len(p.ids) for w in work for p in (w.prompt, w.hinted) if p) + len(work) * max(len(w.rollout.ids) for w in work)
 
-    def _largest(self, *numbers: float) -> int | list[int]:
+    def _largest(self, *numbers: int) -> list[int]:
         """Each number's largest value over all processes."""
-        most = self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).amax(0).tolist()
-        return most if len(most) > 1 else most[0]
+        return self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).amax(0).tolist()
 
     def _collate(self, work: list[Work], prompts: list[Prompt], apart: bool = False) -> Batch:
         return collate(prompts, [w.rollout.ids for w in work], self.processor.tokenizer.pad_token_id, self.accelerator.device, apart)
@@ -537,7 +536,7 @@ class Trainer:
         student_batch = self._collate(batch, [w.prompt for w in batch], apart=self.cfg.gradient_checkpointing)
         student_batch.mask &= torch.tensor([w.used for w in batch], device=device).unsqueeze(1)
         mask, teacher, ref_logp = student_batch.mask, {}, None
-        teach, penalise = self._largest(bool(taught), bool(penalised)) if self.sharded else (taught, penalised)
+        teach, penalise = self._largest(len(taught), len(penalised)) if self.sharded else (taught, penalised)
         with torch.no_grad(), self.accelerator.autocast():
             if teach:                           # the teacher: same image, same question, plus the hint; scores, never writes
                 hinted = self._collate(taught or batch[:1], [w.hinted or w.prompt for w in taught or batch[:1]])
@@ -620,21 +619,17 @@ def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
     groups, row = trainer.rollout(taught)
     work = [group[0] for group in groups]                   # one response a question is scored: a micro-batch
 
-    def batch(which: list[Work], prompts: list[Prompt]) -> Batch:
-        return trainer._collate(which, prompts)
-
-    def encode(samples, chats) -> list[Prompt]:
-        return encode_prompts(trainer.processor, samples, chats)
-    contexts, plain = [teacher_messages(s, cfg.teacher_context) for s in taught], batch(work, [w.prompt for w in work])
-    views = {"hint": encode(taught, contexts), "nothing": encode(taught, [plain_messages(s) for s in taught]),
-             "grey": encode([replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught], contexts)}
+    contexts, plain = [teacher_messages(s, cfg.teacher_context) for s in taught], trainer._collate(work, [w.prompt for w in work])
+    grey = [replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught]
+    views = {name: encode_prompts(trainer.processor, samples, chats) for name, samples, chats in
+             (("hint", taught, contexts), ("nothing", taught, [plain_messages(s) for s in taught]), ("grey", grey, contexts))}
     with torch.no_grad(), accelerator.autocast():
-        states = {name: trainer.reference(run=lambda model, b=batch(work, prompts): response_states(model, b))[plain.mask] for name, prompts in views.items()}
+        states = {name: trainer.reference(run=lambda model, b=trainer._collate(work, prompts): response_states(model, b))[plain.mask] for name, prompts in views.items()}
         head = trainer.reference.head
         moved = {name: head_scores(states[name], head, plain.ids[plain.mask], states["hint"], head, k=method.k, **trainer.settings)[2].mean().item()
                  for name in ("nothing", "grey")}
         together = trainer.student(plain, **trainer.settings)[0]
-        alone = [trainer.student(batch([w], [w.prompt]), **trainer.settings)[0][0] for w in work]
+        alone = [trainer.student(trainer._collate([w], [w.prompt]), **trainer.settings)[0][0] for w in work]
     trainer.student.train()
     learning = trainer._collate(work, [w.prompt for w in work], apart=cfg.gradient_checkpointing)
     logp, _, jsd = trainer.student(learning, tutored=torch.ones_like(plain.rows, dtype=torch.bool), teacher_states=states["hint"], teacher_head=head, k=method.k,
@@ -844,7 +839,7 @@ def main(argv=None) -> None:
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(mixed_precision=precision, log_with=None if cfg.log_with == "none" else cfg.log_with, project_dir="runs")
     try:
-        questions, held_out, note, path = read_inputs(cfg, accelerator.num_processes)
+        questions, held_out, note, path, processor = read_inputs(cfg, accelerator.num_processes)
         checkpoints = Checkpoints(accelerator, path, cfg.keep)
         checkpoint, state = checkpoints.newest() if cfg.resume else (None, None)
         if state and state["data"] != questions.fingerprint():
@@ -861,7 +856,7 @@ def main(argv=None) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)         # at each checkpoint: that tied weights are saved once
     try:
-        processor, student, reference = build(cfg, accelerator)
+        student, reference = build(cfg, accelerator)
     except ValueError as error:
         parser.error(str(error))
     accelerator.wait_for_everyone()             # every process has seen that the run folder is new before one makes it

@@ -313,6 +313,13 @@ def test_a_dead_server_ends_the_run_and_loses_nothing(serve, tmp_path, capsys):
     assert "ConnectError" in capsys.readouterr().err
 
 
+def test_single_failures_do_not_end_the_run_and_limit_takes_the_first(serve, tmp_path, capsys):
+    write_data(tmp_path, [f"question {i}" for i in range(9)])
+    server = serve(lambda question, before: chat_reply(GOOD) if int(question[-1]) % 2 else (502, {}))
+    assert command(server, tmp_path, "--parallel", "1", "--limit", "7") == 0
+    assert list(hints.load_hints(tmp_path / "h.jsonl")) == ["q1", "q3", "q5"] and "not answered yet 4" in capsys.readouterr().out
+
+
 def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
     questions = [f"question {i}" for i in range(40)]
     write_data(tmp_path, questions)

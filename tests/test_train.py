@@ -78,7 +78,7 @@ def test_unusable_hints_are_dropped_and_counted(tmp_path, monkeypatch):
 
     def read(**settings):
         cfg = train.TrainConfig(model=train.EMBEDDED, data="d.jsonl", name="x", eval_questions=1, max_hint_tokens=30, **settings)
-        questions, _, note, _ = train.read_inputs(cfg, 1)
+        questions, _, note, *_ = train.read_inputs(cfg, 1)
         return [s.hint for s in questions.samples], note
     left = Hint(steps=("count the left ones",))
     got, note = read()

@@ -38,7 +38,7 @@ def make_trainer(fsdp: bool = False, **settings):
     torch.set_num_threads(1)
     cfg = train.TrainConfig(**{"micro_tokens": 200, **settings})
     accelerator = (sharding_accelerator if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else Accelerator)(cpu=True)
-    return train.Trainer(cfg, PTDPOConfig(lam=2.0, beta_kl=0.1, k=7), accelerator, *train.build(cfg, accelerator))
+    return train.Trainer(cfg, PTDPOConfig(lam=2.0, beta_kl=0.1, k=7), accelerator, train.load_processor(cfg.model), *train.build(cfg, accelerator))
 
 
 def make_work(trainer, case: str, questions) -> list:
