@@ -230,6 +230,8 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
             raise ValueError(f"{source}: every prompt is longer than --max-prompt {cfg.max_prompt} tokens")
         return [s for s, fine in zip(found, fits) if fine], fits.count(False)
     held_out, long = load(cfg.eval_data, cfg.eval_split) if cfg.eval_data else (world.puzzles("heldout", cfg.eval_questions), 0)
+    if cfg.eval_data and (leaky := sum(map(len, screen_hints(held_out, processor.tokenizer, cfg.max_hint_tokens).values()))):
+        bad.append(f"{leaky} unusable hints of held-out questions")
     samples, note = None, "questions: built-in puzzles, all with a hint"
     if cfg.data:
         samples, more = load(cfg.data, cfg.split)

@@ -87,6 +87,8 @@ def test_unusable_hints_are_dropped_and_counted(tmp_path, monkeypatch):
                     "4 are never tutored, for want of a hint")
     got, note = read(hints="h.jsonl")
     assert got == [None, left, None, Hint(look=("the top",)), None] and "2 with a hint" in note and "1 lines of h.jsonl belong to no question here" in note
+    assert note.endswith("1 lines of h.jsonl belong to no question here; 3 are never tutored, for want of a hint")
+    assert read(eval_data="d.jsonl")[1].endswith("\nleft out: 2 unusable hints of held-out questions")
     assert "4 are never tutored, for want of a solution" in read(teacher_context="solution")[1]
     assert "never tutored" not in read(teacher_context="answer")[1]
 
