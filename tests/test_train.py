@@ -586,6 +586,12 @@ def test_two_sharded_processes_do_three_steps_as_one_does(root, tmp_path):
     assert two["loaded"]
 
 
+def test_the_committed_fsdp_settings_are_ones_that_accelerate_knows(root):
+    from accelerate.commands.config.config_args import load_config_from_file
+    config = load_config_from_file(str(root / "fsdp.yaml"))             # raises on a key it does not know
+    assert (config.num_processes, config.mixed_precision, config.fsdp_config["fsdp_version"]) == (8, "bf16", 2)
+
+
 def test_a_sharded_run_goes_on_with_another_number_of_processes(root, tmp_path, monkeypatch):
     """train.py with FSDP2 in two processes, resumed in three: the log of one process on the same questions, and a model that loads."""
     options = ["--questions", "6", "--group-size", "4", "--eval-questions", "5", "--eval-every", "1", "--save-every", "1", "--lr", "1e-4"]
