@@ -158,7 +158,7 @@ def test_a_whole_run_from_the_path_of_each_real_class(kind, base, tmp_path, monk
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints, resuming
-LONGER = ["--steps", "6", "--questions", "2", "--group-size", "4", "--eval-questions", "4", "--eval-every", "3", "--save-every", "2"]
+LONGER = ["--steps", "8", "--questions", "2", "--group-size", "4", "--eval-questions", "4", "--eval-every", "3", "--save-every", "2"]
 
 
 def start(folder, *args):
@@ -173,8 +173,8 @@ def logged(run):
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
-def wait_for(process, run, steps):
-    while process.poll() is None and len(logged(run)) <= steps:
+def wait_for(process, condition):
+    while process.poll() is None and not condition():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()
 
@@ -185,15 +185,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     train.main([*LONGER, "--name", "whole"])
     seed = random.randrange(10**6)
-    process = start(tmp_path, *LONGER, "--name", "broken")
-    wait_for(process, broken, 2)
-    time.sleep(random.Random(seed).random())
+    process, log = start(tmp_path, *LONGER, "--name", "broken"), broken / "metrics.jsonl"
+    wait_for(process, (broken / "checkpoints" / "step-00000002").is_dir)
+    time.sleep(random.Random(seed).random() / 3)
     process.kill()
     process.wait()
-    left = sorted(p.name for p in (broken / "checkpoints").iterdir())
-    assert "step-00000002" in left, (seed, left)
+    last, old = max(int(p.name[5:]) for p in (broken / "checkpoints").glob("step-????????")), log.stat().st_ino
     process = start(tmp_path, "--resume", "runs/broken")
-    wait_for(process, broken, 4)
+    wait_for(process, lambda: log.stat().st_ino != old and logged(broken)[-1]["step"] > last)      # resuming writes the log anew
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
     if process.returncode == 143:                   # 0: the last step was over before the signal came
@@ -207,10 +206,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
         assert process.returncode == 0, err
     assert logged(broken) == logged(whole), seed
     assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    for name in ("model/model.safetensors", "checkpoints/step-00000006/model.safetensors", "checkpoints/step-00000006/optimizer.bin"):
+    for name in ("model/model.safetensors", "checkpoints/step-00000008/model.safetensors", "checkpoints/step-00000008/optimizer.bin"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), (seed, name)
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]      # --keep 2
-    assert "has done all 6 steps; give a larger --steps" in refuse(capsys, "--resume", "runs/whole")
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]      # --keep 2
+    assert "has done all 8 steps; give a larger --steps" in refuse(capsys, "--resume", "runs/whole")
 
 
 @pytest.fixture
