@@ -495,7 +495,6 @@ def attention_hint(model, processor, sample: Sample, layers=None) -> tuple[Hint 
     """A hint that names the regions of attention_maps: -> hint or None, reasons, maps, and the boxes of each image in its pixels."""
     maps = attention_maps(model, processor, sample, layers)
     boxes = [regions(heat) for heat in maps]
-    reasons = []
     for exact in (True, False):                                 # "the third column" may be the answer: then without ordinals
         look = [f"{place_words(box, heat.shape, exact)}{f' of the {_ORDINALS[min(n, 5)]} picture' if len(maps) > 1 else ''}"
                 for n, (heat, found) in enumerate(zip(maps, boxes)) for box in found]
@@ -676,7 +675,8 @@ def main(argv=None) -> int:
             return {"hint": hint and asdict(hint), "rejected": rejected, "by": args.model}
     with file:
         stopped = write_hints(todo, work, file, args.parallel if args.api_base else 1)
-    print(results_table({key: record for key, record in load_hints(out).items() if key in {s.id for s in samples}}, len(samples)))
+    asked = {sample.id for sample in samples}
+    print(results_table({key: record for key, record in load_hints(out).items() if key in asked}, len(samples)))
     if stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
     return 1 if stopped else 0

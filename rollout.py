@@ -44,11 +44,12 @@ class Sample:
 
 @dataclass
 class StoredImage:
-    """An image in a `datasets` table, decoded when it is used: a large table does not fit into memory."""
+    """An image in a `datasets` table, decoded when it is used: a large table does not fit into memory. size: width, height."""
     table: object
     row: int
     column: str
     place: int
+    size: tuple[int, int]
 
     def open(self) -> Image.Image:
         value = self.table[self.row][self.column]
@@ -82,14 +83,13 @@ def load_samples(source: str | Path, parse_hint=None, *, split: str = "train", i
         column = next((name for name in ("images", "image") if name in table.column_names), None)
         pictures = table.select_columns([column]) if column else None
 
-    def read(row) -> Sample | str:
-        number, value = row
+    def read(numbered) -> Sample | str:
+        number, value = numbered
         try:
-            if unit:
-                value = value[number]                           # decodes the row's images
-            sample = _parse_row(value if unit else json.loads(value), f"{path.stem}-{number}", folder, parse_hint)
-            sample.images = [StoredImage(pictures, number, column, i) if isinstance(image, Image.Image) else image
-                             for i, image in enumerate(sample.images)] if unit else sample.images
+            row = value[number] if unit else json.loads(value)  # a table's row comes with its images decoded
+            sample = _parse_row(row, f"{path.stem}-{number}", folder, parse_hint)
+            sample.images = [StoredImage(pictures, number, column, i, image.size) if isinstance(image, Image.Image) else image
+                             for i, image in enumerate(sample.images)]
             return sample
         except (ValueError, OSError) as error:                  # JSONDecodeError is a ValueError, a broken image in a table an OSError
             return str(error)
@@ -199,7 +199,8 @@ def prompt_tokens(processor, sample: Sample) -> int:
     """Length of the sample's plain prompt in tokens, from the images' sizes: nothing is decoded."""
     text = processor.apply_chat_template(plain_messages(sample), tokenize=False, add_generation_prompt=True)
     images = processor.image_processor
-    patches = [images.get_number_of_image_patches(size[1], size[0]) for size in (open_image(i, convert=False).size for i in sample.images)]
+    sizes = [Image.open(i).size if isinstance(i, (str, Path)) else i.size for i in sample.images]
+    patches = [images.get_number_of_image_patches(height, width) for width, height in sizes]
     return len(processor.tokenizer(text)["input_ids"]) + sum(n // images.merge_size**2 - 1 for n in patches)
 
 
@@ -226,11 +227,11 @@ class Prompt:
     grid: Tensor | None
 
 
-def open_image(image: Image.Image | StoredImage | str | Path, convert: bool = True) -> Image.Image:
-    """A sample's image, in RGB unless convert is False."""
+def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
+    """A sample's image, in RGB."""
     if not isinstance(image, Image.Image):
         image = image.open() if isinstance(image, StoredImage) else Image.open(image)
-    return image.convert("RGB") if convert and image.mode != "RGB" else image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def encode_prompts(processor, samples: list[Sample], messages: list[list[dict]]) -> list[Prompt]:

@@ -184,7 +184,7 @@ class Questions:
     """Question number i of the run, for ever: a stream of puzzles, or the data shuffled anew each epoch by the seed."""
 
     def __init__(self, samples: list[Sample] | None, seed: int):
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed, self.epoch, self.order = samples, seed, -1, []
 
     def fingerprint(self) -> str:
         """Changes where the data's ids do."""
@@ -194,9 +194,10 @@ class Questions:
         if self.samples is None:
             return world.sample(world.make_puzzle("train", self.seed * 10**6 + i))
         epoch, place = divmod(i, len(self.samples))
-        order = list(range(len(self.samples)))
-        random.Random(f"{self.seed}-{epoch}").shuffle(order)
-        return self.samples[order[place]]
+        if epoch != self.epoch:                 # shuffled once an epoch, not once a question
+            self.epoch, self.order = epoch, list(range(len(self.samples)))
+            random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
+        return self.samples[self.order[place]]
 
 
 def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path, ImageTextProcessor]:
@@ -486,7 +487,7 @@ class Trainer:
         prompts = len(work) if self.cfg.gradient_checkpointing else len({id(w.prompt) for w in work})
         return prompts * max(len(p.ids) for w in work for p in (w.prompt, w.hinted) if p) + len(work) * max(len(w.rollout.ids) for w in work)
 
-    def _largest(self, *numbers: int) -> list[int]:
+    def _largest(self, *numbers: float) -> list[float]:
         """Each number's largest value over all processes."""
         return self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device)).amax(0).tolist()
 
@@ -511,7 +512,7 @@ class Trainer:
                 accelerator.backward(loss * accelerator.num_processes)
             worst = torch.maximum(worst, parts["worst"])
             sums += torch.stack([parts.get(name, loss.new_zeros(())).double() for name in names])
-        ratio, gap = accelerator.gather(worst.unsqueeze(0)).amax(0).tolist()
+        ratio, gap = self._largest(*worst.tolist())
         return {**dict(zip(names, accelerator.reduce(sums).tolist())), "ratio_max": ratio, "sampler_gap": gap}
 
     def update(self, work: list[Work]) -> dict:
@@ -620,7 +621,6 @@ def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
         return False, f"FAIL hints: none of the first {len(some)} questions has a {cfg.teacher_context}\n     -> build hints with hints.py; without any, PTD-PO is GRPO"
     groups, row = trainer.rollout(taught)
     work = [group[0] for group in groups]                   # one response a question is scored: a micro-batch
-
     contexts, plain = [teacher_messages(s, cfg.teacher_context) for s in taught], trainer._collate(work, [w.prompt for w in work])
     grey = [replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught]
     views = {name: encode_prompts(trainer.processor, samples, chats) for name, samples, chats in
@@ -720,8 +720,6 @@ class Checkpoints:
     def save(self, state: dict) -> None:
         """After a whole rollout batch. A full disk ends the run with a message; the checkpoints before are untouched."""
         accelerator, target = self.accelerator, self.folder / f"step-{state['step']:08d}"
-        if target.exists():
-            return
         part = target.with_suffix(".part")
         accelerator.wait_for_everyone()
         try:
@@ -761,7 +759,7 @@ def sample_row(step: int, group: list[Work]) -> dict:
     """One question of a step for samples.jsonl."""
     sample = group[0].rollout.sample
     return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
-            "hint": json.loads(sample.hint.to_json()) if sample.hint else None,
+            "hint": sample.hint and asdict(sample.hint),
             "responses": [{"text": w.rollout.text, "correct": w.rollout.correct, "reward": round(w.rollout.reward, 4),
                            "tutored": w.tutored, "truncated": w.rollout.truncated} for w in group]}
 
@@ -808,7 +806,7 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
         accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         bar.set_postfix_str(f"reward {metrics['reward']:.2f} acc {metrics['accuracy']:.2f} entropy {metrics['entropy']:.2f} "
                             f"all-failed {metrics['all_failed']:.2f} tutor {metrics['tutor_loss']:.3f}")
-        asked = accelerator.reduce(torch.tensor(float(bool(stopping)), device=accelerator.device)).item() > 0   # all stop, or none
+        [asked] = trainer._largest(len(stopping))               # all stop, or none
         if not work and (step - state["step"] >= cfg.save_every or asked or step == cfg.steps):
             state = {**state, "step": step, "entropies": entropies, "skipped": trainer.skipped, "seconds": state["seconds"] + time.time() - began}
             began = time.time()
