@@ -65,6 +65,7 @@ class TrainConfig:
     max_prompt: int = option(8192, "a question with a longer prompt, in tokens, is left out, never cut (paper: 8192)")
     min_pixels: int = option(0, "smallest area of an image, pixels; 0: the model's own")
     max_pixels: int = option(0, "largest area of an image, pixels: 28 * 28 pixels, in Qwen3-VL 32 * 32, are a token; 0: the model's own")
+    fog: float = option(0.0, "share of the built-in puzzles that are in fog: there the hinted teacher is right only 7 times in 10")
     hints: str = option("", "hints for --data by id, as hints.py writes them", shown="the data's own")
     max_hint_tokens: int = option(512, "a longer hint is dropped, never cut")
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)
@@ -107,14 +108,14 @@ class TrainConfig:
     def __post_init__(self):
         least = dict(steps=1, questions=1, updates=1, group_size=2, max_new_tokens=1, warmup=0, micro_tokens=1, top_k=0,
                      eval_every=1, eval_questions=1, max_prompt=1, min_pixels=0, max_pixels=0, lora=0, plan=0, max_hint_tokens=1,
-                     save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0)
+                     save_every=1, keep=1, seed=0, weight_decay=0, format_weight=0, fog=0)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
         for name in ("lr", "temperature", "top_p", "grad_clip", "logits_mb", "sample_mb"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
-        for name, high in (("top_p", 1), ("format_weight", 1), ("seed", 399)):
+        for name, high in (("top_p", 1), ("format_weight", 1), ("fog", 1), ("seed", 399)):
             if getattr(self, name) > high:
                 raise ValueError(f"{flag(name)} must be at most {high}, got {getattr(self, name)}")
         for needed, package in ((self.log_with != "none", self.log_with), (self.lora, "peft")):
@@ -183,8 +184,8 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
 class Questions:
     """Question number i of the run, for ever: a stream of puzzles, or the data shuffled anew each epoch by the seed."""
 
-    def __init__(self, samples: list[Sample] | None, seed: int):
-        self.samples, self.seed, self.epoch, self.order = samples, seed, -1, []
+    def __init__(self, samples: list[Sample] | None, seed: int, fog: float = 0.0):
+        self.samples, self.seed, self.fog, self.epoch, self.order = samples, seed, fog, -1, []
 
     def fingerprint(self) -> str:
         """Changes where the data's ids do."""
@@ -192,7 +193,7 @@ class Questions:
 
     def __getitem__(self, i: int) -> Sample:
         if self.samples is None:
-            return world.sample(world.make_puzzle("train", self.seed * 10**6 + i))
+            return world.sample(world.make_puzzle("train", self.seed * 10**6 + i, fog=self.fog))
         epoch, place = divmod(i, len(self.samples))
         if epoch != self.epoch:                 # shuffled once an epoch, not once a question
             self.epoch, self.order = epoch, list(range(len(self.samples)))
@@ -209,6 +210,8 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         raise ValueError(f"--questions {cfg.questions} must be a multiple of the {world_size} processes")
     if cfg.hints and not cfg.data:
         raise ValueError("--hints needs --data: the puzzles bring their own")
+    if cfg.fog and cfg.data:
+        raise ValueError("--fog is for the built-in puzzles: it cannot stand beside --data")
     load_verifier(cfg.verifier)
     local = Path(cfg.model)
     if not local.exists() and (local.is_absolute() or cfg.model.startswith(".") or cfg.model.count("/") != 1):
@@ -230,7 +233,7 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         if not any(fits):
             raise ValueError(f"{source}: every prompt is longer than --max-prompt {cfg.max_prompt} tokens")
         return [s for s, fine in zip(found, fits) if fine], fits.count(False)
-    held_out, long = load(cfg.eval_data, cfg.eval_split) if cfg.eval_data else (world.puzzles("heldout", cfg.eval_questions), 0)
+    held_out, long = load(cfg.eval_data, cfg.eval_split) if cfg.eval_data else (world.puzzles("heldout", cfg.eval_questions, fog=cfg.fog), 0)
     if cfg.eval_data and (leaky := sum(map(len, screen_hints(held_out, processor.tokenizer, cfg.max_hint_tokens).values()))):
         bad.append(f"{leaky} unusable hints of held-out questions")
     samples, note = None, "questions: built-in puzzles, all with a hint"
@@ -248,7 +251,7 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         raise ValueError("--train-vision in several processes needs an image in every question: a micro-batch without one leaves the tower's weights out")
     note += f"\nleft out: {long} questions with a prompt above {cfg.max_prompt} tokens" if long else ""
     note += "".join(f"\nleft out: {message}" for message in bad)
-    return Questions(samples, cfg.seed), held_out[:cfg.eval_questions], note, run, processor
+    return Questions(samples, cfg.seed, cfg.fog), held_out[:cfg.eval_questions], note, run, processor
 
 
 # ------------------------------------------------------------------------------------------------------------------ models

@@ -9,7 +9,8 @@ points, drawn as pips), one star, one ring, or nothing. Three families:
     cross   ... in the star row plus the ring column?                   find both, read both, keep one running sum
 
 The hint names the row or column, what to ignore and how to go on; it holds no number at all, so it can never hold the
-answer. Everything is a function of (split, index): the same puzzle on every machine, train and held-out puzzles disjoint.
+answer. In fog the picture is half grey and the base misreads gems: even with the hint it is right only 7 times in 10, so that the
+hint alone is not enough and the reward has something to add. Everything is a function of (split, index): the same puzzle on every machine, train and held-out puzzles disjoint.
 """
 from __future__ import annotations
 
@@ -28,17 +29,19 @@ COLUMNS = ("leftmost", "left", "right", "rightmost")
 POINTS = {"red": 1, "green": 2, "blue": 3, "none": 0, "star": 0, "ring": 0}
 OPENINGS = ("I look at", "Here is", "Now read")
 CELL, GRID = 28, 4
+FOG = 0.5                                                           # share of grey in a foggy picture
 FIRST_SEED = {"train": 0, "heldout": 10**9, "tune": 2 * 10**9}      # each split owns 10^9 indices
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """One grid and one question. `cells[r][c]` is a key of POINTS; `row` is the star's, `column` the ring's."""
+    """One grid and one question. `cells[r][c]` is a key of POINTS; `row` is the star's, `column` the ring's; foggy: hard to see."""
     seed: int
     family: str
     cells: tuple
     row: int
     column: int
+    foggy: bool = False
 
     @property
     def lines(self) -> list[tuple[str, int]]:
@@ -68,8 +71,8 @@ def line_name(line: tuple[str, int]) -> str:
     return f"the {(ROWS if kind == 'row' else COLUMNS)[i]} {kind}"
 
 
-def make_puzzle(split: str, index: int, family: str | None = None) -> Puzzle:
-    """Puzzle number `index` of "train", "heldout" or "tune". `family` overrides the one drawn from the seed."""
+def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 0.0) -> Puzzle:
+    """Puzzle number `index` of "train", "heldout" or "tune". `family` overrides the one drawn from the seed; fog: the share of foggy ones."""
     if split not in FIRST_SEED or not 0 <= index < 10**9:
         raise ValueError(f"no puzzle {index} in split {split!r}: splits are {', '.join(FIRST_SEED)}, indices 0 to 10^9 - 1")
     seed = FIRST_SEED[split] + index
@@ -82,7 +85,7 @@ def make_puzzle(split: str, index: int, family: str | None = None) -> Puzzle:
     cells[star[0]][star[1]], cells[ring[0]][ring[1]] = "star", "ring"
     for r, c in rng.sample(free, rng.randint(6, 14)):     # many or few gems: answers spread out
         cells[r][c] = rng.choice(("red", "green", "blue"))
-    return Puzzle(seed, family or drawn, tuple(map(tuple, cells)), star[0], ring[1])
+    return Puzzle(seed, family or drawn, tuple(map(tuple, cells)), star[0], ring[1], random.Random(f"fog-{seed}").random() < fog)
 
 
 def question(puzzle: Puzzle) -> str:
@@ -127,7 +130,7 @@ def draw(puzzle: Puzzle) -> Image.Image:
             pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=(255 - 22 * r, 255 - 22 * c, 205 + 8 * (r + c)))
             cx, cy = x + CELL / 2 + rng.uniform(-2, 2), y + CELL / 2 + rng.uniform(-2, 2)
             _draw_cell(pen, puzzle.cells[r][c], cx, cy, rng.uniform(7.5, 9.5))
-    return image
+    return Image.blend(image, Image.new("RGB", image.size, (200, 200, 200)), FOG) if puzzle.foggy else image
 
 
 def _draw_cell(pen: ImageDraw.ImageDraw, cell: str, cx: float, cy: float, radius: float) -> None:
@@ -148,10 +151,10 @@ def _draw_cell(pen: ImageDraw.ImageDraw, cell: str, cx: float, cy: float, radius
 def sample(puzzle: Puzzle) -> Sample:
     """The puzzle as the training loop sees it."""
     return Sample(id=f"puzzle-{puzzle.seed}", question=question(puzzle), answer=str(puzzle.answer),
-                  images=[draw(puzzle)], hint=hint(puzzle), family=puzzle.family,
+                  images=[draw(puzzle)], hint=hint(puzzle), family="foggy " * puzzle.foggy + puzzle.family,
                   solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")))
 
 
-def puzzles(split: str, count: int, start: int = 0) -> list[Sample]:
+def puzzles(split: str, count: int, start: int = 0, fog: float = 0.0) -> list[Sample]:
     """`count` samples of a split, from index `start`."""
-    return [sample(make_puzzle(split, i)) for i in range(start, start + count)]
+    return [sample(make_puzzle(split, i, fog=fog)) for i in range(start, start + count)]
