@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
-from rollout import (Sample, collate, encode_prompts, extract_answer, load_processor, load_samples, open_image, pick_option,
+from rollout import (Sample, check_boxes, collate, encode_prompts, extract_answer, load_processor, load_samples, open_image, pick_option,
                      plain_latex, plain_messages, response_states, sample_groups, split_unit, to_number, user_turn)
 
 
@@ -553,6 +553,10 @@ def join_hints(samples: list[Sample], path: str | Path) -> int:
             raise ValueError(f"{path}: the hint of id {sample.id!r} was written for another question: {record['question'][:60]!r}")
         if record:
             sample.hint = record["hint"]
+            try:
+                sample.boxes = check_boxes(record.get("boxes"), len(sample.images))
+            except ValueError as error:
+                raise ValueError(f"{path}: the hint of id {sample.id!r}: {error}") from None
     return len(records)
 
 

@@ -31,7 +31,8 @@ FORMAT_PROMPT = "Put the final answer in \\boxed{}."      # ends every user turn
 class Sample:
     """One verifiable question. images: PIL images or paths, in the order of the <image> marks in the question, if it has any.
     hint: a hints.Hint or None; family: a free label for tables; choices: the options' texts of a multiple-choice question; solution: a
-    worked one, which only a teacher of the comparison reads."""
+    worked one, which only a teacher of the comparison reads; boxes: where the hint looks, for each image (left, top, right, bottom) in
+    its pixels, to be drawn and no more."""
     id: str
     question: str
     answer: str
@@ -40,6 +41,7 @@ class Sample:
     family: str = ""
     choices: list[str] | None = None
     solution: str | None = None
+    boxes: list | None = None
 
 
 @dataclass
@@ -66,7 +68,7 @@ def load_samples(source: str | Path, parse_hint=None, *, split: str = "train", i
 
     A line or row has question (or problem, prompt), answer, images (or image: one or a list; a path relative to image_dir or else to the
     file, or the image itself), and optionally id (or qid), choices (a list of the options' texts), solution, and hint (text, or an object with look,
-    ignore, steps; read by `parse_hint`) or prompt_with_hint (the question's text with the hint around it).
+    ignore, steps; read by `parse_hint`) or prompt_with_hint (the question's text with the hint around it), and boxes (see Sample).
 
     Every line and image is checked before anything is returned. Raises ValueError naming file, line and field; with a list `bad` it is
     filled with these messages instead, and the lines are left out.
@@ -152,7 +154,17 @@ def _parse_row(row, default_id: str, folder: Path, parse_hint) -> Sample:
             raise ValueError("field 'prompt_with_hint': the question's text does not stand in it")
     hint = parse_hint(hint) if parse_hint and hint else None
     return Sample(str(row.get("id", row.get("qid", default_id))), question, str(answer).strip(), images, hint,
-                  choices=choices and [str(c) for c in choices], solution=str(row["solution"]) if row.get("solution") else None)
+                  choices=choices and [str(c) for c in choices], solution=str(row["solution"]) if row.get("solution") else None,
+                  boxes=check_boxes(row.get("boxes"), len(images)))
+
+
+def check_boxes(boxes, images: int) -> list | None:
+    """Boxes as a file gives them, found to be a list an image of (left, top, right, bottom). Raises ValueError."""
+    fine = not boxes or (isinstance(boxes, list) and len(boxes) == images and all(
+        isinstance(found, list) and all(isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in found) for found in boxes))
+    if not fine:
+        raise ValueError("field 'boxes': expected, for each image, a list of [left, top, right, bottom]")
+    return boxes or None
 
 
 def _check_image(image, folder: Path) -> Path | Image.Image:

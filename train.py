@@ -14,8 +14,10 @@ The numbered phases, in `Trainer.rollout` and `Trainer.update`, are the method; 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -41,13 +43,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
-from losses import head_scores, head_scores_bytes
+from losses import head_scores, head_scores_bytes, topk_jsd
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
                      load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
+THIS_RUN = "this run"
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -72,6 +75,8 @@ class TrainConfig:
     audit_hints: bool = option(False, "no training: how often the frozen model is right from hints without the picture, on --eval-questions")
     check: bool = option(False, "no training: is the machinery right for this model and these questions? Run it before any long run")
     plan: int = option(0, "no training: predicted memory of each part on this many GPUs, sharded if more than one", shown="0; 1 if bare", const=1)
+    report: str = option("", "also write report.html, a page to look at: questions, hints, responses before and after, token by token; with a "
+                         "finished run's folder: only that", shown="no; this run if bare", const=THIS_RUN)
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     steps: int = option(607, "optimizer steps (paper: 2 epochs of 38,870 questions / 128)", toy=250)
     questions: int = option(128, "questions an optimizer step, all processes together (paper: 128)", toy=24)
@@ -160,14 +165,15 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
             group.add_argument(flag(f.name), type=kinds[f.type], default=None, choices=choices, **bare,
                                metavar="|".join(choices) if choices else f.type.upper(), help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if given.get("resume"):
-        if more := sorted(set(given) - {"resume", "steps"}):
-            parser.error(f"{flag(more[0])} cannot stand beside --resume: the run goes on with its own settings")
+    old = "resume" if given.get("resume") else "report" if given.get("report", THIS_RUN) != THIS_RUN else None
+    if old:
+        if more := sorted(set(given) - ({"resume", "steps"} if old == "resume" else {"report"})):
+            parser.error(f"{flag(more[0])} cannot stand beside {flag(old)}: the run has its own settings")
         try:
-            saved = json.loads((Path(given["resume"]) / "config.json").read_text())
+            saved = json.loads((Path(given[old]) / "config.json").read_text())
             given = {**{name: saved[name] for config in (TrainConfig, PTDPOConfig) for name in config.__dataclass_fields__}, **given}
         except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--resume {given['resume']}: no config.json of a run of this version in it ({type(error).__name__}: {error})")
+            parser.error(f"{flag(old)} {given[old]}: no config.json of a run of this version in it ({type(error).__name__}: {error})")
     toy = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
     made = []
     for config in (TrainConfig, PTDPOConfig):
@@ -222,6 +228,8 @@ def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Samp
         raise ValueError(f"--model {cfg.model}: cannot read its config.json: {str(error).splitlines()[0]}") from None
     if model_type not in MODEL_TYPES:
         raise ValueError(f"--model {cfg.model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}")
+    if cfg.report and world_size > 1:
+        raise ValueError(f"--report runs in one process: afterwards, python train.py --report runs/{cfg.name or 'NAME'}")
     run = Path(cfg.resume) if cfg.resume else Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
     if run.exists() and not cfg.resume:
         raise ValueError(f"{run} exists already; choose another --name or remove it")
@@ -836,15 +844,81 @@ def report(table: dict, folder: RunFolder, skipped: int) -> None:
           f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
 
 
+# --------------------------------------------------------------------------------------------------------- a page to look at
+@torch.no_grad()
+def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, sample: Sample, count: int = 4) -> list[dict]:
+    """`count` responses of `model` to the plain prompt, as the page shows them: verdict, and for each token its text, its divergence from the
+    teacher (the reference with the hint), and the five tokens that student and teacher found likeliest there, with probabilities."""
+    context = teacher_messages(sample, cfg.teacher_context)
+    chats = [plain_messages(sample)] + [context] * (context is not None)
+    prompts = encode_prompts(processor, [sample] * len(chats), chats)
+    [group] = sample_groups(model, processor, [sample], prompts[:1], count, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                            top_p=cfg.top_p, top_k=cfg.top_k, sample_mb=cfg.sample_mb)
+    tokenizer, verify = processor.tokenizer, load_verifier(cfg.verifier)
+    banned = torch.tensor(banned_tokens(model, tokenizer), device=model.device)
+
+    def likeliest(logits):
+        top = (logits / cfg.temperature).softmax(-1).topk(min(5, logits.shape[-1]), dim=-1)
+        return [[[tokenizer.decode([i]), round(p, 5)] for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
+    shown = []
+    for rollout in group:
+        ids, tokens = rollout.ids, []
+        states = [(m, response_states(m, collate([prompt], [ids], tokenizer.pad_token_id, m.device))[0]) for m, prompt in zip((model, reference), prompts)]
+        for a in range(0, len(ids), 256):               # (256, V) logits at a time
+            logits = [m.get_output_embeddings()(x[a:a + 256]).float().index_fill_(-1, banned, float("-inf")) for m, x in states]
+            d = topk_jsd(*logits, method.k, cfg.temperature, divergence=method.divergence, support=method.support).tolist() if context else None
+            tops = [likeliest(x) for x in logits]
+            for i in range(len(logits[0])):
+                # what the token adds to the text: a token alone may be part of a character, or lack its space
+                near, end = max(0, a + i - 8), a + i
+                text = tokenizer.decode(ids[near:end + 1])[len(tokenizer.decode(ids[near:end])):]
+                tokens.append([text, round(d[i], 5) if d else 0, tops[0][i], tops[1][i] if d else None])
+        shown.append({"correct": verify(rollout.text, sample.answer, sample.choices), "truncated": rollout.truncated, "tokens": tokens})
+    return shown
+
+
+def write_page(run: Path, cfg: TrainConfig, method: PTDPOConfig, held_out: list[Sample], processor, count: int = 6) -> Path:
+    """runs/NAME/report.html from a finished run: its first `count` held-out questions, those with a hint first. One file, no network; what comes
+    from the data stands in it as JSON without any "<", and the page never reads it as HTML."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and cfg.precision != "no" else torch.float32
+    reference, student = (AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval() for path in (cfg.model, str(run / "model")))
+    questions = []
+    for sample in tqdm(sorted(held_out, key=lambda s: s.hint is None)[:count], unit="question", desc="report", dynamic_ncols=True):
+        images = []
+        for n, image in enumerate(map(open_image, sample.images)):
+            (width, height), small, file = image.size, image.copy(), io.BytesIO()
+            small.thumbnail((448, 448))
+            small.save(file, "PNG")
+            boxes = sample.boxes[n] if sample.hint and sample.boxes else []
+            images.append({"src": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), "width": max(224, small.width),
+                           "boxes": [[left / width, top / height, right / width, bottom / height] for left, top, right, bottom in boxes]})
+        before, after = (explain(model, reference, processor, cfg, method, sample) for model in (reference, student))
+        questions.append({"id": sample.id, "family": sample.family, "question": sample.question, "answer": sample.answer, "images": images,
+                          "hint": sample.hint and asdict(sample.hint), "before": before, "after": after})
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
+    settings = (f"{'toy/base' if cfg.model == EMBEDDED else cfg.model}; {rows[-1]['step']} steps; lam {method.lam}, tau {method.tau}, K {method.k}, lr {cfg.lr}. Held-out questions, plain prompt, greedy: "
+                f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first {len(questions)} of them, sampled at temperature {cfg.temperature}.")
+    data = json.dumps({"title": f"PTD-PO, before and after: {run.name}", "settings": settings, "questions": questions}).replace("<", "\\u003c")
+    write_beside(run / "report.html", (Path(__file__).resolve().parent / "report.html").read_text(encoding="utf-8").replace("@DATA@", data))
+    return run / "report.html"
+
+
 def main(argv=None) -> None:
     """Read, build, train, report."""
     cfg, method, parser = parse_args(argv)
+    finished = Path(cfg.report) if cfg.report not in ("", THIS_RUN) else None
+    if finished:                                # its training questions are not read again
+        cfg = replace(cfg, data="", hints="", resume=cfg.report)
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(mixed_precision=precision, log_with=None if cfg.log_with == "none" else cfg.log_with, project_dir="runs")
     try:
         questions, held_out, note, path, processor = read_inputs(cfg, accelerator.num_processes)
+        if finished and not (finished / "model").is_dir():
+            raise ValueError(f"--report {finished}: there is no trained model in it; is the run finished?")
         checkpoints = Checkpoints(accelerator, path, cfg.keep)
-        checkpoint, state = checkpoints.newest() if cfg.resume else (None, None)
+        checkpoint, state = checkpoints.newest() if cfg.resume and not finished else (None, None)
         if state and state["data"] != questions.fingerprint():
             raise ValueError(f"--resume: the questions in {cfg.data} are not those that {checkpoint} was trained on")
         if state and state["step"] >= cfg.steps:
@@ -853,6 +927,8 @@ def main(argv=None) -> None:
         parser.error(str(error))
     if cfg.plan:
         return accelerator.print(plan_table(plan(cfg, method, cfg.plan, cfg.precision != "no"), cfg.plan))
+    if finished:
+        return print(f"written: {write_page(finished, cfg, method, held_out, processor)}")
     set_seed(cfg.seed, device_specific=True)
     torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
     transformers_logging.set_verbosity_error()
@@ -893,6 +969,9 @@ def main(argv=None) -> None:
                   f"{plan(cfg, method, accelerator.num_processes if trainer.sharded else 1, precision == 'bf16')['peak']:.1f}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if cfg.report:
+        del trainer, student, reference         # the page loads its own two models
+        print(f"a page to look at: {write_page(path, cfg, method, held_out, processor)}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ def line_name(line: tuple[str, int]) -> str:
     return f"the {(ROWS if kind == 'row' else COLUMNS)[i]} {kind}"
 
 
+def line_box(line: tuple[str, int]) -> list[int]:
+    """A row's or column's place in the picture: left, top, right, bottom."""
+    kind, i = line
+    across, along = (0, CELL * GRID), (CELL * i, CELL * (i + 1))
+    (left, right), (top, bottom) = (across, along) if kind == "row" else (along, across)
+    return [left, top, right, bottom]
+
+
 def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 0.0) -> Puzzle:
     """Puzzle number `index` of "train", "heldout" or "tune". `family` overrides the one drawn from the seed; fog: the share of foggy ones."""
     if split not in FIRST_SEED or not 0 <= index < 10**9:
@@ -152,7 +160,7 @@ def sample(puzzle: Puzzle) -> Sample:
     """The puzzle as the training loop sees it."""
     return Sample(id=f"puzzle-{puzzle.seed}", question=question(puzzle), answer=str(puzzle.answer),
                   images=[draw(puzzle)], hint=hint(puzzle), family="foggy " * puzzle.foggy + puzzle.family,
-                  solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")))
+                  solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")), boxes=[[line_box(line) for line in puzzle.lines]])
 
 
 def puzzles(split: str, count: int, start: int = 0, fog: float = 0.0) -> list[Sample]:
