@@ -308,11 +308,14 @@ class AdapterOff:
         return self.student.parameters()
 
     def __call__(self, *args, **settings):
+        training = self.student.training
+        self.student.eval()                     # TRAP: a model that recomputes its activations has no cache while it is in training mode
         self.student.model.disable_adapters()
         try:
             return self.student(*args, **settings)
         finally:
             self.student.model.enable_adapters()
+            self.student.train(training)
 
 
 def build(cfg: TrainConfig, accelerator: Accelerator):
@@ -468,6 +471,7 @@ class Trainer:
                               routes.kl[n, g].item() and used[g], used[g]) for g, r in enumerate(group)])
         if cfg.updates > 1:                     # with one update a batch the sampling policy is the current one: ratio 1
             flat = [w for group in work for w in group]
+            self.student.eval()                 # without gradient, so with a cache: see AdapterOff
             for batch in self._micro_batches(flat):
                 with torch.no_grad():
                     logp = self.student(self._collate(batch, [w.prompt for w in batch]), **self.settings)[0]

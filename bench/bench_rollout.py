@@ -36,23 +36,29 @@ SHAPES = {"tiny": (4, 16, None, None),
 IMAGE, VISION_START, VISION_END, VIDEO, PAD = 151_655, 151_652, 151_653, 151_656, 151_643
 
 
+def config_of(shape: str, special):
+    """A Qwen2VLConfig of the shape. special: ids of image, vision start, vision end, video and padding."""
+    from transformers import Qwen2VLConfig
+    text, vision = SHAPES[shape][2:]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24] if text["hidden_size"] == 1536 else [8, 12, 12]}
+    text = dict(**text, vocab_size=151_936, rope_parameters=rope, max_position_embeddings=32_768, bos_token_id=None, pad_token_id=special[4])
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=special[0], video_token_id=special[3],
+                         vision_start_token_id=special[1], vision_end_token_id=special[2])
+
+
 def setup(shape: str):
     """Model and prompts: <vision_start> image <vision_end> and 40 tokens of text."""
-    from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen2VLConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     from rollout import Prompt
-    side, questions, text, vision = SHAPES[shape]
+    side, questions, text, _ = SHAPES[shape]
     make = torch.Generator().manual_seed(0)
     if text is None:
         model, vocab, special = AutoModelForImageTextToText.from_pretrained(ROOT / "toy" / "base", dtype=torch.float32), 100, (6, 3, 4, 7, 0)
     else:
         vocab, special = 151_936, (IMAGE, VISION_START, VISION_END, VIDEO, PAD)
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24] if text["hidden_size"] == 1536 else [8, 12, 12]}
-        config = Qwen2VLConfig(text_config=dict(**text, vocab_size=vocab, rope_parameters=rope, max_position_embeddings=32_768), vision_config=vision,
-                               tie_word_embeddings=True, image_token_id=special[0], video_token_id=special[3],
-                               vision_start_token_id=special[1], vision_end_token_id=special[2])
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if GPU else torch.float32)
+        model = AutoModelForImageTextToText.from_config(config_of(shape, special), dtype=torch.bfloat16 if GPU else torch.float32)
     model.generation_config = GenerationConfig(pad_token_id=special[4])
     model = model.to("cuda" if GPU else "cpu").eval()
     prompts = []

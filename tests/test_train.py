@@ -158,6 +158,20 @@ def test_a_whole_run_from_the_path_of_each_real_class(kind, base, tmp_path, monk
     assert any(not torch.equal(p, old[name]) for name, p in trained.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [["--updates", "2"], ["--lora", "4"]])
+def test_recomputed_activations_change_nothing(options, tmp_path, monkeypatch):
+    """--gradient-checkpointing has no cache in training mode, while old log-probs, a LoRA run's reference and sampling use one."""
+    monkeypatch.chdir(tmp_path)
+    if "--lora" in options:
+        pytest.importorskip("peft")
+    for name, more in (("plain", []), ("less", ["--gradient-checkpointing"])):
+        train.main(["--steps", "4", "--questions", "2", "--group-size", "4", "--eval-questions", "2", "--seed", "1", "--name", name, *options, *more])
+    rows = [logged(tmp_path / "runs" / name) for name in ("plain", "less")]
+    assert sum(row["tutor_loss"] > 0 for row in rows[0][1:]) >= 2 and len(rows[0]) == 5
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=0.02, abs=1e-3) for key in a), (a, b)
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints, resuming
 LONGER = ["--steps", "8", "--questions", "2", "--group-size", "4", "--eval-questions", "4", "--eval-every", "3", "--save-every", "2"]
 
