@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -232,7 +233,8 @@ def plain_messages(sample: Sample, context: str = "") -> list[dict]:
 
 @dataclass
 class Prompt:
-    """One encoded prompt. ids, types (P,) long: tokens, and 1 at image tokens; pixels, grid: all its images, or None."""
+    """One encoded prompt. ids, types (P,) long: tokens, and 1 at image tokens; pixels, grid: all its images, or None.
+    pixels: patches, 4 an image token, or after `encode_images` the features of its image tokens."""
     ids: Tensor
     types: Tensor
     pixels: Tensor | None
@@ -271,6 +273,29 @@ def pad_prompts(prompts: list[Prompt], pad_id: int, device="cpu") -> dict:
         inputs["pixel_values"] = torch.cat([p.pixels for p in pictured])
         inputs["image_grid_thw"] = torch.cat([p.grid for p in pictured])
     return {name: x.to(device) for name, x in inputs.items()}
+
+
+def take_features(model) -> None:
+    """Let a model with a frozen vision tower take an image's features where it is given its patches, in every pass over a prompt."""
+    tower = model.model.visual
+    run, width = tower.forward, model.config.text_config.hidden_size
+
+    def forward(pixels, grid_thw, **how):
+        if len(pixels) == grid_thw.prod(-1).sum():              # patches; of features there is one where there are four of these
+            return run(pixels, grid_thw, **how)
+        first, *deeper = pixels.split(width, -1)                # Qwen3-VL has more than one feature a token
+        return SimpleNamespace(pooler_output=first, deepstack_features=deeper)
+    tower.forward = forward
+
+
+@torch.no_grad()
+def encode_images(model, prompts: list[Prompt]) -> None:
+    """Run the vision tower once over the images of prompts that still hold patches, and keep its features (tokens, features) in their place, on
+    the CPU. The model, and any other with the same frozen tower, must `take_features`."""
+    for prompt in prompts:
+        if prompt.pixels is not None and len(prompt.pixels) == prompt.grid.prod(-1).sum():
+            out = model.model.visual(prompt.pixels.to(model.device, model.dtype), grid_thw=prompt.grid.to(model.device))
+            prompt.pixels = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], -1).cpu()
 
 
 @dataclass

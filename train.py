@@ -45,8 +45,8 @@ from transformers import logging as transformers_logging
 from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
 from losses import head_scores, head_scores_bytes, topk_jsd
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
-from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_prompts, load_processor, load_samples,
-                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups)
+from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_images, encode_prompts, load_processor, load_samples,
+                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups, take_features)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -294,6 +294,11 @@ class Scorer(torch.nn.Module):
         return out[0], out[1], (out[2] if teacher_states is not None else None)
 
 
+def frozen_tower(cfg: TrainConfig) -> bool:
+    """The vision tower is not trained, so that each image goes through it once a rollout, for student and reference alike."""
+    return bool(cfg.lora) or not cfg.train_vision
+
+
 class AdapterOff:
     """The frozen reference of a LoRA run: the student with its adapters switched off."""
 
@@ -325,7 +330,7 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     student = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half if cfg.lora else torch.float32))
     model = student.model
-    model.model.visual.requires_grad_(cfg.train_vision and not cfg.lora)
+    model.model.visual.requires_grad_(not frozen_tower(cfg))
     if cfg.lora:
         if sharded:
             raise ValueError("--lora does not run under FSDP: use one of them")
@@ -335,6 +340,9 @@ def build(cfg: TrainConfig, accelerator: Accelerator):
         reference = AdapterOff(student)
     else:
         reference = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half)).eval().requires_grad_(False)
+    if frozen_tower(cfg):
+        for scorer in (student,) if cfg.lora else (student, reference):
+            take_features(scorer.model)
     if cfg.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # its name up to 5.17
         enable({"use_reentrant": False})
@@ -439,6 +447,8 @@ class Trainer:
         """sample_groups with the student."""
         def run(model):
             with gathered(self.student):
+                if frozen_tower(self.cfg):
+                    encode_images(model, prompts)
                 return sample_groups(model, self.processor, samples, prompts, group_size, **self.sampling, **settings)
         with torch.no_grad(), self.accelerator.autocast():
             return self.student(run=run) if self.sharded else run(self.policy)
@@ -466,6 +476,8 @@ class Trainer:
         work = []
         for n, (sample, prompt, group) in enumerate(zip(samples, prompts, groups)):
             hinted = encode_prompts(self.processor, [sample], [contexts[n]])[0] if routes.tutored[n].any() else None
+            if hinted and hinted.pixels is not None:
+                hinted.pixels = prompt.pixels           # the same images; where the tower is frozen, their features
             used = [not (cfg.mask_truncated and r.truncated) for r in group]
             work.append([Work(r, prompt, hinted, advantages[n, g].item(), routes.tutored[n, g].item() and used[g],
                               routes.kl[n, g].item() and used[g], used[g]) for g, r in enumerate(group)])

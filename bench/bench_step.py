@@ -46,7 +46,7 @@ class Shape:
     options: dict
 
 
-SHAPES = {"tiny": Shape("tiny", 4, 8, 48, {}), "0.5B": Shape("0.5B", 16, 2, 32, {}), "2B": Shape("2B", 32, 8, 512, {}),
+SHAPES = {"tiny": Shape("tiny", 4, 8, 48, {}), "0.5B": Shape("0.5B", 16, 1, 32, {}), "2B": Shape("2B", 32, 8, 512, {}),
           "2B lean": Shape("2B", 32, 8, 512, {"gradient_checkpointing": True, "micro_tokens": 4096}),
           "2B LoRA 32": Shape("2B", 32, 8, 512, {"gradient_checkpointing": True, "micro_tokens": 4096, "lora": 32})}
 WORDS = "How many points are in the star row plus the ring column ? look at the top row and read each cell".split()
@@ -63,7 +63,9 @@ def make_folder(shape: Shape) -> str:
     settings["image_processor"]["size"] = {"shortest_edge": 28 * 28, "longest_edge": (28 * shape.side) ** 2}
     (Path(folder) / "processor_config.json").write_text(json.dumps(settings))
     if shape.model != "tiny":
-        config_of(shape.model, SPECIAL).save_pretrained(folder)
+        config = config_of(shape.model, SPECIAL)
+        config.architectures = ["Qwen2VLForConditionalGeneration"]      # TRL makes its reference by this name
+        config.save_pretrained(folder)
 
     def random_weights(cls, path, *_, dtype=None, **__):
         torch.manual_seed(0)

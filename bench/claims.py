@@ -290,12 +290,67 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+COLOURS = {"PTD-PO": "#1f6fb4", "GRPO": "#c4552d", "tutoring alone": "#3a9a5b", "teacher told the answer": "#8a56b0", "self-distillation": "#b08a1e"}
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Accuracy and entropy over steps with the seeds' range, and accuracy against K and tau."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--figures needs matplotlib: python -m pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    runs = {arm: [r for r in rows if r["split"] == "heldout" and r["arm"] == arm] for arm in ARMS}
+
+    def band(axes, steps, values, arm):
+        low, high = (list(map(f, zip(*values))) for f in (min, max))
+        axes.plot(steps, [statistics.mean(v) for v in zip(*values)], color=COLOURS[arm], label=f"{arm} ({len(values)})", linewidth=1.8)
+        axes.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+
+    def save(figure, name):
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.3)
+        figure.savefig(folder / name, dpi=150)
+        plt.close(figure)
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    for arm in (a for a in MAIN if runs[a]):
+        for kind, axes in zip(KINDS, panels):
+            band(axes, [int(s) for s in runs[arm][0]["curve"]], [[v[kind] for v in r["curve"].values()] for r in runs[arm]], arm)
+        smooth = [[statistics.mean(r["entropy"][max(0, i - 9):i + 1]) for i in range(STEPS)] for r in runs[arm]]
+        band(panels[2], range(1, STEPS + 1), smooth, arm)
+    for axes, title, label in zip(panels, ("In clear sight, hinted teacher 99 % right", "In fog, hinted teacher 70 % right", "Entropy of the responses"),
+                                  ("held-out accuracy, %", "", "nats a token, mean of 10 steps")):
+        axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None))
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    save(figure, "claims.png")
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True)
+    sweeps = (("K, tokens of each model's top set", {"1": "K 1", "5": "K 5", "20": "PTD-PO", "all": "K full"}),
+              ("tau: groups below this accuracy are tutored", {"0.2": "tau 0.2", "1.0": "PTD-PO"}),
+              ("what the teacher reads", {"no hint:\nGRPO": "GRPO", "another's\nhint": "shuffled hint", "no\npicture": "blind teacher", "no\nlook": "hint without look",
+                                         "no\nignore": "hint without ignore", "no\nsteps": "hint without steps", "the\nhint": "PTD-PO"}))
+    for axes, (label, points) in zip(panels, sweeps):
+        points = {name: runs[arm] for name, arm in points.items() if runs[arm]}
+        for kind, colour in zip(KINDS, ("#1f6fb4", "#7a8794")):
+            for x, found in enumerate(points.values()):
+                axes.scatter([x] * len(found), [r["final"]["plain"][kind] for r in found], s=14, color=colour, alpha=0.6, linewidths=0)
+            axes.plot(range(len(points)), [statistics.mean(r["final"]["plain"][kind] for r in found) for found in points.values()], color=colour,
+                      label="clear" if kind == "clear" else "fog", marker="_", markersize=14, linewidth=0 if len(points) > 4 else 1)
+        axes.set_xticks(range(len(points)), list(points), fontsize=8)
+        axes.set(xlabel=label, ylim=(0, 100), xlim=(-0.5, len(points) - 0.5))
+    panels[0].set_ylabel(f"accuracy after {STEPS} steps, %")
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, "ablations.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of: {'; '.join(ARMS)}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print what has been measured and stop")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw what has been measured and stop")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -303,6 +358,8 @@ def main() -> None:
     rows = load()
     if args.table:
         return print(table(rows))
+    if args.figures:
+        return draw(rows, args.figures)
     RESULTS.parent.mkdir(exist_ok=True)
     needed = [arm for arm in MAIN if arm in map(main_arm, args.arms)]
     run_all([{"arm": arm, "seed": TUNE_SEED, "split": "tune", "chosen": options} for arm in needed for options in GRIDS[arm]], rows, args.jobs)

@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 import rollout
 from hints import Hint, hinted_messages
 from losses import head_scores
-from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, draw, encode_prompts, eos_tokens, extract_answer, load_processor,
+from rollout import (FORMAT_PROMPT, Sample, banned_tokens, collate, draw, encode_images, encode_prompts, eos_tokens, extract_answer, load_processor,
                      load_samples, load_verifier, open_image, pad_prompts, plain_messages, prefill, prompt_tokens, response_states, reward, sample_groups,
-                     sequence_bytes, uniforms, verify)
+                     sequence_bytes, take_features, uniforms, verify)
 from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +186,27 @@ def test_text_only_after_images_does_not_use_stale_positions(base):
         states = response_states(model, collate([prompt], [[30, 31, 32]], 0))
         alone = model.model(input_ids=torch.cat([prompt.ids, torch.tensor([30, 31, 32])])[None]).last_hidden_state[:, -4:-1]
     torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("generate", ["own", "hf"])
+def test_features_in_the_place_of_patches_change_nothing(tiny, generate):
+    """Two images, one and none: states, and greedy responses, from what the tower made once."""
+    model, processor = tiny
+    a, b = world.puzzles("heldout", 2)
+    samples = [Sample("two", "How many points are in the star row?", "3", [a.images[0], b.images[0].resize((84, 56))]), b, Sample("none", "How many?", "1", [])]
+    patches, features = (encode_prompts(processor, samples, [plain_messages(s) for s in samples]) for _ in range(2))
+    with torch.no_grad():
+        expected = response_states(model, collate(patches, [[30, 31, 32]] * 3, 0)), response_states(model, collate(patches, [[30, 31, 32]] * 3, 0, apart=True))
+        greedy = [[r.ids for r in g] for g in sample_groups(model, processor, samples, patches, 1, max_new_tokens=6, temperature=0, generate=generate)]
+        take_features(model)
+        encode_images(model, features)
+        model.model.visual.blocks[0].forward = None                     # the tower is not run again
+        encode_images(model, features)
+        got = response_states(model, collate(features, [[30, 31, 32]] * 3, 0)), response_states(model, collate(features, [[30, 31, 32]] * 3, 0, apart=True))
+        again = [[r.ids for r in g] for g in sample_groups(model, processor, samples, features, 1, max_new_tokens=6, temperature=0, generate=generate)]
+    assert [len(p.pixels) for p in features[:2]] == [22, 16] and features[2].pixels is None and greedy == again
+    for x, y in zip(expected, got):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling

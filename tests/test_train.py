@@ -381,6 +381,25 @@ def test_the_hinted_prompt_has_the_same_image(trainer):
         assert len(w.hinted.ids) > len(w.prompt.ids)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_frozen_tower_sees_each_image_once_a_rollout(trained):
+    """And the loss is the one that patches give."""
+    trainer = make_trainer(train_vision=trained, questions=3, group_size=3, max_new_tokens=12)
+    samples, seen, parts = world.puzzles("tune", 3), [], []
+    for model in (trainer.policy, trainer.reference.model):
+        model.model.visual.blocks[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    work, _ = trainer.rollout(samples)
+    flat = [w for group in work for w in group]
+    assert any(w.tutored for w in flat)
+    parts.append(trainer.accumulate(flat))
+    assert seen == [64] * 3 if not trained else sum(seen) > 64 * 6
+    for w in flat:
+        w.prompt, w.hinted = (prompt and train.encode_prompts(trainer.processor, [w.rollout.sample], [chat(w.rollout.sample)])[0]
+                              for prompt, chat in ((w.prompt, train.plain_messages), (w.hinted, train.hinted_messages)))
+    parts.append(trainer.accumulate(flat))
+    assert parts[0]["tutor_loss"] > 0 and all(parts[0][name] == pytest.approx(parts[1][name], rel=1e-3, abs=1e-5) for name in parts[0])
+
+
 def test_the_teacher_looks_at_the_image(trainer):
     work = make_work(trainer, "one", range(1))
     batch = trainer._collate(work, [w.hinted for w in work])
