@@ -1,10 +1,8 @@
 """Every command in the README does what stands there: run in this process on a tiny model and a few questions, or, where it is a measurement of
-hours, its options are looked up in the script's own help."""
+hours, its options are looked up in the script."""
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -53,8 +51,7 @@ def test_command(command, place, serve, capsys):  # noqa: F811
         words = ["python", *words[words.index("train.py"):]]
     script, args = words[1], words[2:]
     if script.startswith("bench/"):
-        shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True).stdout
-        assert all(re.search(rf"{word}\b", shown) for word in args if word.startswith("--"))
+        assert all(f'add_argument("{word}"' in (ROOT / script).read_text() for word in args if word.startswith("--"))
         return
     if script == "hints.py":
         (place / "hints.jsonl").unlink()

@@ -434,7 +434,9 @@ def test_math_verify_is_optional():
     else:
         check = load_verifier("math")
         assert check("\\boxed{\\frac{2}{4}}", "0.5") and check("\\boxed{(x+1)^2}", "x^2+2x+1") and check("\\boxed{(B) red}", "B", ["blue", "red"])
-        assert not check("\\boxed{5}", "6") and not check("nothing", "6")
+        assert not check("\\boxed{5}", "6") and not check("nothing", "6") and check("\\boxed{(2x, y+1)}", "(x+x, 1+y)")
+        assert not check("\\boxed{Pairs}", "Paris") and not check("\\boxed{(x+1)^2}", "x^2+1") and not check("\\boxed{9^{9^{9^9}}}", "x^2")
+        assert all(check(f"So it is \\boxed{{{given}}}.", gold, options) == right for _, right, gold, given, options in labelled())
 
 
 def test_reward():
