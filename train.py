@@ -68,7 +68,7 @@ class TrainConfig:
     max_prompt: int = option(8192, "a question with a longer prompt, in tokens, is left out, never cut (paper: 8192)")
     min_pixels: int = option(0, "smallest area of an image, pixels; 0: the model's own")
     max_pixels: int = option(0, "largest area of an image, pixels: 28 * 28 pixels, in Qwen3-VL 32 * 32, are a token; 0: the model's own")
-    fog: float = option(0.0, "share of the built-in puzzles that are in fog: there the hinted teacher is right only 7 times in 10")
+    fog: float = option(0.0, "share of the built-in puzzles that are in fog: there the hinted teacher is right only 2 times in 3")
     hints: str = option("", "hints for --data by id, as hints.py writes them", shown="the data's own")
     max_hint_tokens: int = option(512, "a longer hint is dropped, never cut")
     teacher_context: str = option("hint", "what the teacher reads besides the question; all but hint are for comparison", choices=CONTEXTS)

@@ -9,7 +9,7 @@ points, drawn as pips), one star, one ring, or nothing. Three families:
     cross   ... in the star row plus the ring column?                   find both, read both, keep one running sum
 
 The hint names the row or column, what to ignore and how to go on; it holds no number at all, so it can never hold the
-answer. In fog the picture is half grey and the base misreads gems: even with the hint it is right only 7 times in 10, so that the
+answer. In fog the picture is half grey and the base misreads gems: even with the hint it is right only 2 times in 3, so that the
 hint alone is not enough and the reward has something to add. Everything is a function of (split, index): the same puzzle on every machine, train and held-out puzzles disjoint.
 """
 from __future__ import annotations
