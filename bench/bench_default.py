@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,17 +19,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from bench_losses import machine  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results" / "default.jsonl"
 ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    import accelerate
-    import torch
-    import transformers
-    return (f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, accelerate {accelerate.__version__}")
 
 
 def measure(arm: str, seed: int, jobs: int) -> dict:
@@ -43,7 +36,7 @@ def measure(arm: str, seed: int, jobs: int) -> dict:
         seconds = time.time() - start
         rows = [json.loads(line) for line in open(Path(folder) / "runs" / "run" / "metrics.jsonl")]
     steps = rows[1:]
-    return {"arm": arm, "seed": seed, "machine": machine(), "steps": len(steps), "minutes": round(seconds / 60, 2), "jobs": jobs,
+    return {"arm": arm, "seed": seed, "machine": machine("transformers", "accelerate"), "steps": len(steps), "minutes": round(seconds / 60, 2), "jobs": jobs,
             "plain": {str(r["step"]): r["eval_plain"] for r in rows if "eval_plain" in r}, "hinted": [rows[0]["eval_hinted"], rows[-1]["eval_hinted"]],
             "entropy": [steps[0]["entropy"], steps[-1]["entropy"]], "entropies": [round(r["entropy"], 4) for r in steps],
             "length": [steps[0]["length"], steps[-1]["length"]], "skipped": steps[-1]["skipped_steps"]}

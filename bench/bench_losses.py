@@ -202,11 +202,10 @@ def references(tokens: int, save: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
-def machine() -> str:
-    """What the numbers were measured on."""
+def machine(*packages: str) -> str:
+    """What the numbers were measured on: device, Python, torch, and the packages' versions."""
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores {platform.machine()}"
-    peers = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "liger-kernel"))
-    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}, {peers}"
+    return ", ".join([device, f"Python {platform.python_version()}", f"torch {torch.__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
 
 
 def child(*arguments) -> str:
@@ -229,7 +228,7 @@ def measure(tokens: int, train_head: bool, names: list[str], repeats: int, error
                 row["value_error"] = abs(got["value"] - own["value"])
                 row["grad_error"] = ((grad - own["grad"]).norm() / own["grad"].norm()).item()
                 row["cosine"] = F.cosine_similarity(grad.flatten(), full["grad"].flatten(), dim=0).item()
-        row["machine"] = machine()
+        row["machine"] = machine("trl", "liger-kernel")
         print(f"  {name}: {row['mib']:.0f} MiB, {row['seconds']:.2f} s", file=sys.stderr, flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", encoding="utf-8") as file:

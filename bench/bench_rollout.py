@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from bench_losses import GPU, high_water  # noqa: E402
+from bench_losses import GPU, high_water, machine  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "rollout.jsonl"
 GROUP, NEW = 8, 64
@@ -128,13 +127,6 @@ def measure(name: str, shape: str) -> dict:
             "mib": round(high_water() - before)}
 
 
-def machine() -> str:
-    import transformers
-    import trl
-    device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores {platform.machine()}"
-    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
-
-
 def verifier() -> None:
     """Milliseconds of `verify` on adversarial responses of 1 MB: the slowest gold answer of four."""
     from rollout import verify
@@ -170,12 +162,12 @@ def main() -> None:
         for name in CONTENDERS:
             timed, peak = (json.loads(subprocess.run([sys.executable, __file__, "--run", name, shape], check=True, stdout=subprocess.PIPE, text=True,
                                                      env={**env, **more}).stdout.splitlines()[-1]) for more in ({}, exact))
-            rows.append({**timed, "mib": peak["mib"], "machine": machine()})
+            rows.append({**timed, "mib": peak["mib"], "machine": machine("transformers", "trl")})
             RESULTS.parent.mkdir(exist_ok=True)
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
         best = max(r["tokens_per_second"] for r in rows if r["name"] != "ours")
-        print(f"\n{shape}: {SHAPES[shape][1]} questions x {GROUP}, image of {SHAPES[shape][0] ** 2} tokens, {NEW} new tokens. {machine()}.\n\n"
+        print(f"\n{shape}: {SHAPES[shape][1]} questions x {GROUP}, image of {SHAPES[shape][0] ** 2} tokens, {NEW} new tokens. {rows[0]['machine']}.\n\n"
               "| | tokens/s | / better peer | extra peak, MiB |\n|---|---|---|---|")
         for r in rows:
             print(f"| {r['name']} | {r['tokens_per_second']:.1f} | {r['tokens_per_second'] / best:.2f} | {r['mib']} |", flush=True)

@@ -29,8 +29,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from bench_losses import GPU, high_water  # noqa: E402
-from bench_rollout import config_of, machine  # noqa: E402
+from bench_losses import GPU, high_water, machine  # noqa: E402
+from bench_rollout import config_of  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "step.jsonl"
 GROUP, SPECIAL = 8, (6, 3, 4, 7, 0)             # image, vision start, vision end, video, padding in the embedded tokenizer
@@ -199,11 +199,11 @@ def measure(name: str, label: str) -> dict:
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 got = measure_trl(shape, micro) if name.startswith("TRL") else measure_ours(shape, CONTENDERS[name])
-                return {"name": name, "shape": label, **got, "machine": machine()}
+                return {"name": name, "shape": label, **got, "machine": machine("transformers", "trl")}
             except torch.OutOfMemoryError:
                 errors += 1
         torch.cuda.empty_cache()
-    return {"name": name, "shape": label, "seconds": None, "machine": machine()}
+    return {"name": name, "shape": label, "seconds": None, "machine": machine("transformers", "trl")}
 
 
 def line(row: dict, peer: float | None) -> str:

@@ -188,7 +188,7 @@ def watch_gradients(train, out: list) -> None:
 def one_run(job: dict) -> dict:
     """Train and measure one arm in this process: train.py itself, with the arm's patch."""
     import train
-    from bench_default import machine
+    from bench_losses import machine
     from toy import world
     options, patch = ARMS[job["arm"]]
     if job["split"] == "tune":
@@ -216,7 +216,7 @@ def one_run(job: dict) -> dict:
         rows = [json.loads(line) for line in open("runs/run/metrics.jsonl")][1:]
     every = {name: [round(r[name], 4) for r in rows] for name in ("entropy", "length", "all_failed", "accuracy", "tutored")}
     return {**job, "options": options, "steps": STEPS, "cpu_seconds": round(time.process_time()), "final": final, "curve": dict(zip(range(0, STEPS + 1, EVERY), curve)),
-            "gradients": gradients, **every, "skipped": rows[-1]["skipped_steps"], "machine": machine()}
+            "gradients": gradients, **every, "skipped": rows[-1]["skipped_steps"], "machine": machine("transformers", "accelerate")}
 
 
 # ------------------------------------------------------------------------------------------------------------- all the runs

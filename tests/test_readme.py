@@ -51,7 +51,9 @@ def test_command(command, place, serve, capsys):  # noqa: F811
         words = ["python", *words[words.index("train.py"):]]
     script, args = words[1], words[2:]
     if script.startswith("bench/"):
-        assert all(f'add_argument("{word}"' in (ROOT / script).read_text() for word in args if word.startswith("--"))
+        source = (ROOT / script).read_text(encoding="utf-8")
+        compile(source, script, "exec")
+        assert all(f'add_argument("{word}"' in source for word in args if word.startswith("--"))
         return
     if script == "hints.py":
         (place / "hints.jsonl").unlink()
