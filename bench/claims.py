@@ -275,8 +275,10 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one line an arm."""
+    """Markdown: one line an arm; the main arms by family, with what they make of being told another puzzle's answer; the gradients."""
     held = [r for r in rows if r["split"] == "heldout"]
+    if not held:
+        return "nothing measured on the held-out puzzles yet"
     lines = [f"{held[0]['machine']}; {STEPS} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds.", "",
              "| arm | seeds | clear, % | foggy, % | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -287,6 +289,19 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {arm} (`{' '.join(runs[0]['chosen'])}`) | {len(runs)} | " + " | ".join(spread([r["final"]["plain"][k] for r in runs]) for k in KINDS)
                          + f" | {' / '.join(f'''{statistics.mean(r['final']['pass@8'][k] for r in runs):.0f}''' for k in KINDS)} | {spread(last['entropy'], 2)} | "
                          + f"{spread(last['length'], 0)} | {100 * statistics.mean(last['all_failed']):.0f} | {statistics.mean(r['cpu_seconds'] for r in runs) / 60:.1f} |")
+    families = list(held[0]["final"]["families"])
+    lines += ["", f"| arm | {' | '.join(families)} | told another answer: says it, clear / foggy | is right all the same |", "|---" * (len(families) + 3) + "|"]
+    for arm in MAIN:
+        runs = [r["final"] for r in held if r["arm"] == arm]
+        if runs:
+            told = [" / ".join(f"{statistics.mean(r['told another answer'][what][k] for r in runs):.0f}" for k in KINDS) for what in ("says it", "is right")]
+            right = [f"{statistics.mean(r['families'][f] for r in runs):.0f}" for f in families]
+            lines.append(f"| {' | '.join([arm, *right, *told])} |")
+    found = [g for r in held if r["arm"] == "PTD-PO" for g in r["gradients"] if g["cosine"] is not None]
+    lines += ["", "| PTD-PO, step | tutoring gradient / policy gradient | cosine |", "|---|---|---|"]
+    for step in sorted({g["step"] for g in found}):
+        now = [g for g in found if g["step"] == step]
+        lines.append(f"| {step} | {spread([g['tutor'] / g['policy'] for g in now])} | {spread([g['cosine'] for g in now], 2)} |")
     return "\n".join(lines)
 
 
