@@ -862,9 +862,9 @@ def report(table: dict, folder: RunFolder, skipped: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- a page to look at
 @torch.no_grad()
-def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, sample: Sample, count: int = 4) -> list[dict]:
-    """`count` responses of `model` to the plain prompt, as the page shows them: verdict, and for each token its text, its divergence from the
-    teacher (the reference with the hint), and the five tokens that student and teacher found likeliest there, with probabilities."""
+def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, sample: Sample, count: int = 4, most: int = 1000) -> list[dict]:
+    """`count` responses of `model` to the plain prompt, as the page shows them: verdict, and for each of the first `most` tokens its text, its
+    divergence from the teacher (the reference with the hint), and the five tokens that student and teacher found likeliest there."""
     context = teacher_messages(sample, cfg.teacher_context)
     chats = [plain_messages(sample)] + [context] * (context is not None)
     prompts = encode_prompts(processor, [sample] * len(chats), chats)
@@ -878,7 +878,7 @@ def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, 
         return [[[tokenizer.decode([i]), round(p, 5)] for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
     shown = []
     for rollout in group:
-        ids, tokens = rollout.ids, []
+        ids, tokens = rollout.ids[:most], []
         states = [(m, response_states(m, collate([prompt], [ids], tokenizer.pad_token_id, m.device))[0]) for m, prompt in zip((model, reference), prompts)]
         for a in range(0, len(ids), 256):               # (256, V) logits at a time
             logits = [m.get_output_embeddings()(x[a:a + 256]).float().index_fill_(-1, banned, float("-inf")) for m, x in states]
@@ -889,7 +889,8 @@ def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, 
                 near, end = max(0, a + i - 8), a + i
                 text = tokenizer.decode(ids[near:end + 1])[len(tokenizer.decode(ids[near:end])):]
                 tokens.append([text, round(d[i], 5) if d else 0, tops[0][i], tops[1][i] if d else None])
-        shown.append({"correct": verify(rollout.text, sample.answer, sample.choices), "truncated": rollout.truncated, "tokens": tokens})
+        shown.append({"correct": verify(rollout.text, sample.answer, sample.choices), "truncated": rollout.truncated,
+                      "more": len(rollout.ids) - len(ids), "tokens": tokens})
     return shown
 
 

@@ -669,6 +669,7 @@ def test_the_page_shows_the_finished_run(tmp_path, monkeypatch, capsys):
         [group] = train.sample_groups(model, processor, [first], [plain], 4, max_new_tokens=48)
         for shown, rollout in zip(question[name], group):
             texts, jsd, student, teacher = zip(*shown["tokens"])
+            assert shown["more"] == 0
             assert "".join(texts) == processor.tokenizer.decode(rollout.ids) and shown["truncated"] == rollout.truncated
             assert shown["correct"] == train.load_verifier("rules")(rollout.text, first.answer)
             logits = []
@@ -683,6 +684,8 @@ def test_the_page_shows_the_finished_run(tmp_path, monkeypatch, capsys):
             for tops, z in zip((student, teacher), logits):
                 for top, p in zip(tops, z.softmax(-1)):
                     assert top[0][0] == processor.tokenizer.decode([p.argmax()]) and abs(top[0][1] - p.max()) < 1e-3 and len(top) == 5
+    [cut] = train.explain(models["after"], models["before"], processor, *train.parse_args([])[:2], first, 1, most=9)
+    assert [t[0] for t in cut["tokens"]] == [t[0] for t in question["after"][0]["tokens"][:9]] and cut["more"] == len(question["after"][0]["tokens"]) - 9
     before = sorted(run.rglob("*"))
     (run / "report.html").unlink()
     train.main(["--report", str(run)])
