@@ -32,10 +32,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
-from transformers import logging as transformers_logging
 
 from rollout import (Sample, check_boxes, collate, encode_prompts, extract_answer, load_processor, load_samples, open_image, pick_option,
-                     plain_latex, plain_messages, response_states, sample_groups, split_unit, to_number, user_turn)
+                     plain_latex, plain_messages, quiet_loading, response_states, sample_groups, split_unit, to_number, user_turn)
 
 
 # ------------------------------------------------------------------------------------------------------------------- hints
@@ -658,8 +657,7 @@ def main(argv=None) -> int:
         parser.exit(2, f"hints.py: error: {error}\n")
     todo = [sample for sample in samples if sample.id not in done]
     print(f"{len(samples)} questions, {len(samples) - len(todo)} of them in {out} already")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_loading()
     if attention:
         processor, model = _load(args.model)
         layers = tuple(map(int, layers.groups())) if args.layers else None

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLProcessor
+from transformers import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 FORMAT_PROMPT = "Put the final answer in \\boxed{}."      # ends every user turn, the student's and the teacher's alike
@@ -206,6 +207,12 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
     images = Qwen2VLImageProcessorPil.from_pretrained(path)
     images.size = {"shortest_edge": min_pixels or images.size["shortest_edge"], "longest_edge": max_pixels or images.size["longest_edge"]}
     return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def quiet_loading() -> None:
+    """No progress bars and warnings of transformers while models are loaded."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def prompt_tokens(processor, sample: Sample) -> int:

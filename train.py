@@ -40,13 +40,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers import logging as transformers_logging
 
 from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
 from losses import head_scores, head_scores_bytes, topk_jsd
 from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
 from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_images, encode_prompts, load_processor, load_samples,
-                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, response_states, reward, sample_groups, take_features)
+                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, quiet_loading, response_states, reward, sample_groups, take_features)
 from toy import world
 
 EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
@@ -715,13 +714,15 @@ class RunFolder:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save_model(self, model, weights: dict, processor) -> None:
-        """weights: the state dict, whole; None writes the model's LoRA adapters. Written beside and renamed: model/ is there whole or not at all."""
+    def save_model(self, trainer: Trainer) -> None:
+        """The student's weights, or its LoRA adapters alone. Written beside and renamed: model/ is there whole or not at all."""
+        trainer.accelerator.wait_for_everyone()
+        weights = None if trainer.cfg.lora else trainer.accelerator.get_state_dict(trainer.student)
         if self.active:
             part = self.path / "model.part"
             shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part, state_dict=weights)
-            processor.save_pretrained(part)
+            trainer.policy.save_pretrained(part, state_dict=weights and {name.removeprefix("model."): value for name, value in weights.items()})
+            trainer.processor.save_pretrained(part)
             shutil.rmtree(self.path / "model", ignore_errors=True)
             os.rename(part, self.path / "model")
 
@@ -767,8 +768,8 @@ class Checkpoints:
             last = self.found()
             sys.exit(f"cannot write the checkpoint {target}: {error}\n" + (f"the last good one is {last[-1]}" if last else "there is none before it"))
 
-    def newest(self) -> tuple[Path, dict]:
-        """The newest checkpoint and its state. Raises ValueError where there is none, or where it is not whole."""
+    def newest(self, questions: Questions, cfg: TrainConfig) -> tuple[Path, dict]:
+        """The newest checkpoint and its state. Raises ValueError where there is none, where it is not whole, and where the run cannot go on from it."""
         if not self.found():
             raise ValueError(f"--resume: no checkpoint in {self.folder}")
         path = self.found()[-1]
@@ -779,6 +780,10 @@ class Checkpoints:
             raise ValueError(f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})") from None
         if short:
             raise ValueError(f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before")
+        if state["data"] != questions.fingerprint():
+            raise ValueError(f"--resume: the questions in {cfg.data} are not those that {path} was trained on")
+        if state["step"] >= cfg.steps:
+            raise ValueError(f"--resume: {path} has done all {cfg.steps} steps; give a larger --steps to go on")
         return path, state
 
 
@@ -846,8 +851,8 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
     return {"before": {**before, "entropy": entropies[0]}, "after": {**after, "entropy": entropies[-1]}, "seconds": state["seconds"]}
 
 
-def report(table: dict, folder: RunFolder, skipped: int) -> None:
-    """The table that a run ends with."""
+def report(table: dict, folder: RunFolder, trainer: Trainer) -> None:
+    """The table that a run ends with, and on a GPU the memory it took."""
     before, after = table["before"], table["after"]
     print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
     for label, key, scale, unit in (("accuracy, plain prompt", "plain", 100, "%"), ("accuracy, with the hint", "hinted", 100, "%"),
@@ -855,9 +860,13 @@ def report(table: dict, folder: RunFolder, skipped: int) -> None:
         digits = 2 if key == "entropy" else 1
         print(f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}")
     print(f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
-          f"{table['seconds'] / 60:.1f} minutes; {skipped} steps skipped for a non-finite gradient)")
+          f"{table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps skipped for a non-finite gradient)")
     print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Load the model with\n"
           f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
+    if torch.cuda.is_available():
+        gpus = trainer.accelerator.num_processes if trainer.sharded else 1
+        print(f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
+              f"{plan(trainer.cfg, trainer.method, gpus, trainer.accelerator.mixed_precision == 'bf16')['peak']:.1f}")
 
 
 # --------------------------------------------------------------------------------------------------------- a page to look at
@@ -935,21 +944,16 @@ def main(argv=None) -> None:
         if finished and not (finished / "model").is_dir():
             raise ValueError(f"--report {finished}: there is no trained model in it; is the run finished?")
         checkpoints = Checkpoints(accelerator, path, cfg.keep)
-        checkpoint, state = checkpoints.newest() if cfg.resume and not finished else (None, None)
-        if state and state["data"] != questions.fingerprint():
-            raise ValueError(f"--resume: the questions in {cfg.data} are not those that {checkpoint} was trained on")
-        if state and state["step"] >= cfg.steps:
-            raise ValueError(f"--resume: {checkpoint} has done all {cfg.steps} steps; give a larger --steps to go on")
+        checkpoint, state = checkpoints.newest(questions, cfg) if cfg.resume and not finished else (None, None)
     except ValueError as error:
         parser.error(str(error))
     if cfg.plan:
         return accelerator.print(plan_table(plan(cfg, method, cfg.plan, cfg.precision != "no"), cfg.plan))
+    quiet_loading()
     if finished:
         return print(f"written: {write_page(finished, cfg, method, held_out, processor)}")
     set_seed(cfg.seed, device_specific=True)
     torch.set_flush_denormal(True)              # denormal floats make CPU matrix products several times slower
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)         # at each checkpoint: that tied weights are saved once
     try:
         student, reference = build(cfg, accelerator)
@@ -976,18 +980,13 @@ def main(argv=None) -> None:
     accelerator.print(f"{cfg.steps} steps of {cfg.questions} questions x {cfg.group_size} responses; lam {method.lam}, tau {method.tau}, "
                       f"k {method.k}, lr {cfg.lr}; log in {path}")
     table = train(trainer, questions, held_out, folder, checkpoints, state)
-    accelerator.wait_for_everyone()
-    weights = None if cfg.lora else {name.removeprefix("model."): value for name, value in accelerator.get_state_dict(trainer.student).items()}
-    folder.save_model(trainer.policy, weights, processor)
+    folder.save_model(trainer)
     if accelerator.is_main_process:
-        report(table, folder, trainer.skipped)
-        if torch.cuda.is_available():
-            print(f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
-                  f"{plan(cfg, method, accelerator.num_processes if trainer.sharded else 1, precision == 'bf16')['peak']:.1f}")
+        report(table, folder, trainer)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if cfg.report:
-        del trainer, student, reference         # the page loads its own two models
+        trainer, student, reference = accelerator.free_memory(trainer, student, reference)      # the page loads its own two models
         print(f"a page to look at: {write_page(path, cfg, method, held_out, processor)}")
 
 
