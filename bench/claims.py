@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 RESULTS = ROOT / "bench" / "results" / "claims.jsonl"
-STEPS, EVERY, TUNE_SEED = 120, 20, 100
+STEPS, EVERY, TUNE_SEED = 120, 20, 100          # learning rates and lambda are chosen at STEPS
 KINDS = ("clear", "foggy")
 
 
@@ -211,11 +211,11 @@ def one_run(job: dict) -> dict:
     watch_gradients(train, gradients)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        train.main(["--fog", "0.5", "--steps", str(STEPS), "--eval-every", str(EVERY), "--eval-questions", "200", "--save-every", "100000",
+        train.main(["--fog", "0.5", "--steps", str(job["steps"]), "--eval-every", str(EVERY), "--eval-questions", "200", "--save-every", "100000",
                     "--seed", str(job["seed"]), "--name", "run", *job["chosen"], *options])
         rows = [json.loads(line) for line in open("runs/run/metrics.jsonl")][1:]
     every = {name: [round(r[name], 4) for r in rows] for name in ("entropy", "length", "all_failed", "accuracy", "tutored")}
-    return {**job, "options": options, "steps": STEPS, "cpu_seconds": round(time.process_time()), "final": final, "curve": dict(zip(range(0, STEPS + 1, EVERY), curve)),
+    return {**job, "options": options, "cpu_seconds": round(time.process_time()), "final": final, "curve": dict(zip(range(0, job["steps"] + 1, EVERY), curve)),
             "gradients": gradients, **every, "skipped": rows[-1]["skipped_steps"], "machine": machine("transformers", "accelerate")}
 
 
@@ -242,7 +242,7 @@ def chosen(rows: list[dict], arm: str) -> list[str] | None:
 
 def run_all(jobs: list[dict], rows: list[dict], parallel: int) -> None:
     """Run what is not there yet; each finished run is one line of the results. A run that fails is named, the others go on."""
-    key = lambda r: (r["arm"], r["seed"], r["split"], tuple(r["chosen"]))           # noqa: E731
+    key = lambda r: (r["arm"], r["seed"], r["split"], r["steps"], tuple(r["chosen"]))           # noqa: E731
     done = {key(r) for r in rows}
     jobs = [j for j in jobs if key(j) not in done]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // parallel)), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -274,12 +274,12 @@ def spread(values: list[float], digits: int = 1) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], steps: int) -> str:
     """Markdown: one line an arm; the main arms by family, with what they make of being told another puzzle's answer; the gradients."""
-    held = [r for r in rows if r["split"] == "heldout"]
+    held = [r for r in rows if r["split"] == "heldout" and r["steps"] == steps]
     if not held:
         return "nothing measured on the held-out puzzles yet"
-    lines = [f"{held[0]['machine']}; {STEPS} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds.", "",
+    lines = [f"{held[0]['machine']}; {steps} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds.", "",
              "| arm | seeds | clear, % | foggy, % | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
              "|---|---|---|---|---|---|---|---|---|"]
     for arm in ARMS:
@@ -308,7 +308,7 @@ def table(rows: list[dict]) -> str:
 COLOURS = {"PTD-PO": "#1f6fb4", "GRPO": "#c4552d", "tutoring alone": "#3a9a5b", "teacher told the answer": "#8a56b0", "self-distillation": "#b08a1e"}
 
 
-def draw(rows: list[dict], folder: Path) -> None:
+def draw(rows: list[dict], folder: Path, steps: int) -> None:
     """Accuracy and entropy over steps with the seeds' range, and accuracy against K and tau."""
     try:
         import matplotlib
@@ -316,12 +316,12 @@ def draw(rows: list[dict], folder: Path) -> None:
         sys.exit("--figures needs matplotlib: python -m pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    runs = {arm: [r for r in rows if r["split"] == "heldout" and r["arm"] == arm] for arm in ARMS}
+    runs = {arm: [r for r in rows if r["split"] == "heldout" and r["arm"] == arm and r["steps"] == steps] for arm in ARMS}
 
-    def band(axes, steps, values, arm):
+    def band(axes, x, values, arm):
         low, high = (list(map(f, zip(*values))) for f in (min, max))
-        axes.plot(steps, [statistics.mean(v) for v in zip(*values)], color=COLOURS[arm], label=f"{arm} ({len(values)})", linewidth=1.8)
-        axes.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        axes.plot(x, [statistics.mean(v) for v in zip(*values)], color=COLOURS[arm], label=f"{arm} ({len(values)})", linewidth=1.8)
+        axes.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
 
     def save(figure, name):
         for axes in figure.axes:
@@ -333,8 +333,8 @@ def draw(rows: list[dict], folder: Path) -> None:
     for arm in (a for a in MAIN if runs[a]):
         for kind, axes in zip(KINDS, panels):
             band(axes, [int(s) for s in runs[arm][0]["curve"]], [[v[kind] for v in r["curve"].values()] for r in runs[arm]], arm)
-        smooth = [[statistics.mean(r["entropy"][max(0, i - 9):i + 1]) for i in range(STEPS)] for r in runs[arm]]
-        band(panels[2], range(1, STEPS + 1), smooth, arm)
+        smooth = [[statistics.mean(r["entropy"][max(0, i - 9):i + 1]) for i in range(steps)] for r in runs[arm]]
+        band(panels[2], range(1, steps + 1), smooth, arm)
     for axes, title, label in zip(panels, ("In clear sight, hinted teacher 99.8 % right", "In fog, hinted teacher 64 % right", "Entropy of the responses"),
                                   ("held-out accuracy, %", "", "nats a token, mean of 10 steps")):
         axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None))
@@ -354,7 +354,7 @@ def draw(rows: list[dict], folder: Path) -> None:
                       label="clear" if kind == "clear" else "fog", marker="_", markersize=14, linewidth=0 if len(points) > 4 else 1)
         axes.set_xticks(range(len(points)), list(points), fontsize=8)
         axes.set(xlabel=label, ylim=(0, 100), xlim=(-0.5, len(points) - 0.5))
-    panels[0].set_ylabel(f"accuracy after {STEPS} steps, %")
+    panels[0].set_ylabel(f"accuracy after {steps} steps, %")
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, "ablations.png")
 
@@ -363,6 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of: {'; '.join(ARMS)}")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps a run [{STEPS}]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print what has been measured and stop")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw what has been measured and stop")
@@ -372,14 +373,14 @@ def main() -> None:
         return print(json.dumps(one_run(json.loads(args.run))))
     rows = load()
     if args.table:
-        return print(table(rows))
+        return print(table(rows, args.steps))
     if args.figures:
-        return draw(rows, args.figures)
+        return draw(rows, args.figures, args.steps)
     RESULTS.parent.mkdir(exist_ok=True)
     needed = [arm for arm in MAIN if arm in map(main_arm, args.arms)]
-    run_all([{"arm": arm, "seed": TUNE_SEED, "split": "tune", "chosen": options} for arm in needed for options in GRIDS[arm]], rows, args.jobs)
-    run_all([{"arm": arm, "seed": seed, "split": "heldout", "chosen": chosen(rows, arm)} for seed in range(args.seeds) for arm in args.arms], rows, args.jobs)
-    print(table(rows))
+    run_all([{"arm": arm, "seed": TUNE_SEED, "split": "tune", "steps": STEPS, "chosen": options} for arm in needed for options in GRIDS[arm]], rows, args.jobs)
+    run_all([{"arm": arm, "seed": seed, "split": "heldout", "steps": args.steps, "chosen": chosen(rows, arm)} for seed in range(args.seeds) for arm in args.arms], rows, args.jobs)
+    print(table(rows, args.steps))
 
 
 if __name__ == "__main__":
