@@ -363,10 +363,14 @@ def test_a_local_model_as_the_expert(base, tmp_path, capsys):
 def test_hints_join_by_id(tmp_path):
     write_data(tmp_path, ["one?", "two?", "three?"])
     path = tmp_path / "h.jsonl"
-    rows = [{"id": "q1", "question": "two?", "hint": {"look": ["left"]}}, {"id": "q2", "hint": None}, {"id": "q7", "hint": "go on"}]
+    rows = [{"id": "q1", "question": "two?", "hint": {"look": ["left"]}, "boxes": [[[0, 0, 9, 9]]]}, {"id": "q2", "hint": None}, {"id": "q7", "hint": "go on"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     samples = load_samples(tmp_path / "d.jsonl")
     assert hints.join_hints(samples, path) == 1 and [s.hint for s in samples] == [None, Hint(look=("left",)), None]
+    assert [s.boxes for s in samples] == [None, [[[0, 0, 9, 9]]], None]
+    path.write_text(json.dumps({**rows[0], "boxes": [[0, 0, 9, 9]]}) + "\n")
+    with pytest.raises(ValueError, match="h.jsonl: the hint of id 'q1': field 'boxes'"):
+        hints.join_hints(samples, path)
     path.write_text(json.dumps({**rows[0], "question": "zwei?"}) + "\n")
     with pytest.raises(ValueError, match="'q1' was written for another question: 'zwei"):
         hints.join_hints(samples, path)

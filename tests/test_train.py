@@ -32,7 +32,8 @@ from toy import world
     (["--data", "gone.jsonl"], "gone.jsonl: no such file"), (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
     (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"), (["--name", "taken"], "exists already"),
     (["--seed", "400"], "--seed must be at most 399"), (["--hints", "h.jsonl"], "--hints needs --data"),
-    (["--teacher-context", "oracle"], "invalid choice: 'oracle'"), (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields")])
+    (["--teacher-context", "oracle"], "invalid choice: 'oracle'"), (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields"),
+    (["--fog", "2"], "--fog must be at most 1"), (["--fog", "0.5", "--data", "good.jsonl"], "--fog is for the built-in puzzles")])
 def test_bad_input_is_one_clear_line_before_a_model_is_loaded(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
