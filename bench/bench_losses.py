@@ -122,7 +122,6 @@ for mb in () if GPU else (64, 512):
 if GPU:
     CONTENDERS["Liger JSD (Triton)"] = ("full", liger_triton)
 BASE, OURS = "full JSD, plain torch", "ours, head_scores"
-PEERS = [name for name in CONTENDERS if name.startswith(("TRL", "Liger"))]
 SWEPT = [BASE, "TRL generalized_jsd_loss", "TRL SDPO top-K + tail", "Liger chunked JSD", "TRL chunked divergence", OURS]
 
 

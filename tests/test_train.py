@@ -576,7 +576,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):
 
 
 def test_evaluation_counts_every_question_once(trainer):
-    trainer.cfg.max_new_tokens, trainer.cfg.sample_batch = 40, 4
+    trainer.sampling.update(max_new_tokens=40, sample_mb=1)           # several batches
     samples = world.puzzles("tune", 10)
     plain, hinted = train.evaluate(trainer, samples), train.evaluate(trainer, samples, train.hinted_messages)
     assert plain["questions"] == hinted["questions"] == 10 and hinted["accuracy"] > plain["accuracy"]
