@@ -260,13 +260,14 @@ def run_all(jobs: list[dict], rows: list[dict], parallel: int) -> None:
                 row = future.result()
             except RuntimeError as error:
                 failed.append(str(error))
+                print(f"FAILED {error}", file=sys.stderr, flush=True)
                 continue
             rows.append(row)
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{row['split']:8s}{row['arm']:26s}seed {row['seed']}  {' '.join(row['chosen']):22s}{row['final']['plain']}  {row['cpu_seconds']} s", flush=True)
     if failed:
-        sys.exit("\n".join(failed))
+        sys.exit(f"{len(failed)} runs failed: see above")
 
 
 def spread(values: list[float], digits: int = 1) -> str:
