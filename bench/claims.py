@@ -122,6 +122,8 @@ ABLATIONS = {
     "lambda 1": (["--lam", "1"], None),
     "KL penalty off": (["--beta-kl", "0"], None),
     "GRPO, KL penalty off": (["--lam", "0", "--beta-kl", "0"], None),
+    "GRPO, three times the lr": (["--lam", "0", "--lr", "3e-4"], None),            # as good as the chosen one on "tune"
+    "no policy loss": ([], no_policy_loss),                                        # tutoring alone, with PTD-PO's settings
     "two updates": (["--updates", "2"], None),
     "two updates, GSPO": (["--updates", "2", "--ratio", "sequence", "--aggregate", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4"], None),
 }
@@ -281,17 +283,19 @@ def table(rows: list[dict], steps: int) -> str:
     held = [r for r in rows if r["split"] == "heldout" and r["steps"] == steps]
     if not held:
         return "nothing measured on the held-out puzzles yet"
-    lines = [f"{held[0]['machine']}; {steps} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds.", "",
-             "| arm | seeds | clear, % | foggy, % | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for arm in ARMS:
-        runs = [r for r in held if r["arm"] == arm]
-        if runs:
-            last = {name: [statistics.mean(r[name][-20:]) for r in runs] for name in ("entropy", "length", "all_failed")}
-            lines.append(f"| {arm} (`{' '.join(runs[0]['chosen'])}`) | {len(runs)} | " + " | ".join(spread([r["final"]["plain"][k] for r in runs]) for k in KINDS)
-                         + f" | {' / '.join(f'''{statistics.mean(r['final']['pass@8'][k] for r in runs):.0f}''' for k in KINDS)} | {spread(last['entropy'], 2)} | "
-                         + f"{spread(last['length'], 0)} | {100 * statistics.mean(last['all_failed']):.0f} | {statistics.mean(r['cpu_seconds'] for r in runs) / 60:.1f} |")
-    families = list(held[0]["final"]["families"])
+    lines = [f"{held[0]['machine']}; {steps} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds."]
+    for kind, arms in (("arm", MAIN), ("PTD-PO, but", ABLATIONS)):
+        lines += ["", f"| {kind} | seeds | clear, % | foggy, % | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
+                  "|---|---|---|---|---|---|---|---|---|"]
+        for arm in arms:
+            runs = [r for r in held if r["arm"] == arm]
+            if runs:
+                how = " ".join(runs[0]["chosen" if arm in MAIN else "options"])
+                last = {name: [statistics.mean(r[name][-20:]) for r in runs] for name in ("entropy", "length", "all_failed")}
+                lines.append(f"| {arm}{f' (`{how}`)' if how else ''} | {len(runs)} | " + " | ".join(spread([r["final"]["plain"][k] for r in runs]) for k in KINDS)
+                             + f" | {' / '.join(f'''{statistics.mean(r['final']['pass@8'][k] for r in runs):.0f}''' for k in KINDS)} | {spread(last['entropy'], 2)} | "
+                             + f"{spread(last['length'], 0)} | {100 * statistics.mean(last['all_failed']):.0f} | {statistics.mean(r['cpu_seconds'] for r in runs) / 60:.1f} |")
+    families = sorted(held[0]["final"]["families"], key=lambda name: (name.startswith("foggy"), name))
     lines += ["", f"| arm | {' | '.join(families)} | told another answer: says it, clear / foggy | is right all the same |", "|---" * (len(families) + 3) + "|"]
     for arm in MAIN:
         runs = [r["final"] for r in held if r["arm"] == arm]
@@ -337,7 +341,7 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
             band(axes, [int(s) for s in runs[arm][0]["curve"]], [[v[kind] for v in r["curve"].values()] for r in runs[arm]], arm)
         smooth = [[statistics.mean(r["entropy"][max(0, i - 9):i + 1]) for i in range(steps)] for r in runs[arm]]
         band(panels[2], range(1, steps + 1), smooth, arm)
-    for axes, title, label in zip(panels, ("In clear sight, hinted teacher 99.8 % right", "In fog, hinted teacher 64 % right", "Entropy of the responses"),
+    for axes, title, label in zip(panels, ("In clear sight: teacher 99.8 % right", "In fog: teacher 64 % right", "Entropy of the responses"),
                                   ("held-out accuracy, %", "", "nats a token, mean of 10 steps")):
         axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None))
     panels[0].legend(frameon=False, fontsize=8, loc="upper left")
