@@ -128,6 +128,8 @@ ABLATIONS = {
     "two updates, GSPO": (["--updates", "2", "--ratio", "sequence", "--aggregate", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4"], None),
 }
 ARMS = {**MAIN, **ABLATIONS}
+# the arms whose teachers read something else each: how often each teacher is right is measured as well
+TEACHERS = ("PTD-PO", "hint without look", "hint without ignore", "hint without steps", "shuffled hint", "blind teacher", "teacher told the answer", "self-distillation")
 RATES = ("1e-4", "3e-4", "1e-3")
 GRIDS = {arm: [["--lr", lr] for lr in RATES] for arm in MAIN} | {"PTD-PO": [["--lr", lr, "--lam", lam] for lr in RATES for lam in ("1", "10")]}
 
@@ -207,6 +209,10 @@ def one_run(job: dict) -> dict:
         return got
 
     def trained(trainer, *args):
+        if job["split"] == "teacher":           # the student is the teacher still: what it makes of what the teacher reads
+            samples = world.puzzles("heldout", 800, fog=0.5)
+            final["teacher"] = shares(evaluate(trainer, samples, lambda s: train.teacher_messages(s, trainer.cfg.teacher_context))["right"], samples, kind_of)
+            return run(trainer, *args)
         table = run(trainer, *args)
         final.update(measured(trainer, train, evaluate))
         return table
@@ -267,7 +273,7 @@ def run_all(jobs: list[dict], rows: list[dict], parallel: int) -> None:
             rows.append(row)
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{row['split']:8s}{row['arm']:26s}seed {row['seed']}  {' '.join(row['chosen']):22s}{row['final']['plain']}  {row['cpu_seconds']} s", flush=True)
+            print(f"{row['split']:8s}{row['arm']:26s}seed {row['seed']}  {' '.join(row['chosen']):22s}{row['final'].get('plain') or row['final']['teacher']}  {row['cpu_seconds']} s", flush=True)
     if failed:
         sys.exit(f"{len(failed)} runs failed: see above")
 
@@ -303,6 +309,11 @@ def table(rows: list[dict], steps: int) -> str:
             told = [" / ".join(f"{statistics.mean(r['told another answer'][what][k] for r in runs):.0f}" for k in KINDS) for what in ("says it", "is right")]
             right = [f"{statistics.mean(r['families'][f] for r in runs):.0f}" for f in families]
             lines.append(f"| {' | '.join([arm, *right, *told])} |")
+    lines += ["", "| what the teacher reads | teacher right, clear / foggy, % | student after training |", "|---|---|---|"]
+    for row in (r for r in rows if r["split"] == "teacher"):
+        after = [r["final"]["plain"] for r in held if r["arm"] == row["arm"]]
+        shown = [" / ".join(f"{statistics.mean(x[k] for x in what):.0f}" for k in KINDS) if what else "" for what in ([row["final"]["teacher"]], after)]
+        lines.append(f"| {row['arm']} | {' | '.join(shown)} |")
     found = [g for r in held if r["arm"] == "PTD-PO" for g in r["gradients"] if g["cosine"] is not None]
     lines += ["", "| PTD-PO, step | tutoring gradient / policy gradient | cosine |", "|---|---|---|"]
     for step in sorted({g["step"] for g in found}):
@@ -386,6 +397,7 @@ def main() -> None:
     needed = [arm for arm in MAIN if arm in map(main_arm, args.arms)]
     run_all([{"arm": arm, "seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS, "chosen": options} for arm in needed for options in GRIDS[arm]], rows, args.jobs)
     run_all([{"arm": arm, "seed": seed, "split": "heldout", "steps": args.steps, "chosen": chosen(rows, arm)} for seed in range(args.seeds) for arm in args.arms], rows, args.jobs)
+    run_all([{"arm": arm, "seed": 0, "split": "teacher", "steps": 1, "chosen": chosen(rows, arm)} for arm in TEACHERS if arm in args.arms], rows, args.jobs)
     print(table(rows, args.steps))
 
 
