@@ -357,10 +357,10 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
         axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None))
     panels[0].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "claims.png")
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True)
-    sweeps = (("K, tokens of each model's top set", {"1": "K 1", "5": "K 5", "20": "PTD-PO", "all": "K full"}),
-              ("tau: groups below this accuracy are tutored", {"0.2": "tau 0.2", "1.0": "PTD-PO"}),
-              ("what the teacher reads", {"no hint:\nGRPO": "GRPO", "another's\nhint": "shuffled hint", "no\npicture": "blind teacher", "no\nlook": "hint without look",
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True, width_ratios=(4, 2, 6))
+    sweeps = (("K", {"1": "K 1", "5": "K 5", "20": "PTD-PO", "all": "K full"}),
+              ("tau", {"0.2": "tau 0.2", "1.0": "PTD-PO"}),
+              ("what the teacher reads", {"none:\nGRPO": "GRPO", "other's\nhint": "shuffled hint", "no\npicture": "blind teacher", "no\nlook": "hint without look",
                                          "no\nignore": "hint without ignore", "no\nsteps": "hint without steps", "the\nhint": "PTD-PO"}))
     for axes, (label, points) in zip(panels, sweeps):
         points = {name: runs[arm] for name, arm in points.items() if runs[arm]}
