@@ -289,16 +289,17 @@ def table(rows: list[dict], steps: int) -> str:
     held = [r for r in rows if r["split"] == "heldout" and r["steps"] == steps]
     if not held:
         return "nothing measured on the held-out puzzles yet"
-    lines = [f"{held[0]['machine']}; {steps} steps; 800 held-out puzzles, plain prompt, greedy; mean (lowest - highest) over seeds."]
+    lines = [f"{held[0]['machine']}; {steps} steps; 800 held-out puzzles (200 in the evaluations on the way), plain prompt, greedy; mean (lowest - highest) over seeds."]
     for kind, arms in (("arm", MAIN), ("PTD-PO, but", ABLATIONS)):
-        lines += ["", f"| {kind} | seeds | clear, % | foggy, % | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
-                  "|---|---|---|---|---|---|---|---|---|"]
+        lines += ["", f"| {kind} | seeds | clear, % | foggy, % | last five evaluations, clear / foggy | pass@8 clear / foggy, % | entropy, last 20 steps | length | all-failed groups, last 20, % | CPU minutes |",
+                  "|---" * 10 + "|"]
         for arm in arms:
             runs = [r for r in held if r["arm"] == arm]
             if runs:
                 how = " ".join(runs[0]["chosen" if arm in MAIN else "options"])
                 last = {name: [statistics.mean(r[name][-20:]) for r in runs] for name in ("entropy", "length", "all_failed")}
                 lines.append(f"| {arm}{f' (`{how}`)' if how else ''} | {len(runs)} | " + " | ".join(spread([r["final"]["plain"][k] for r in runs]) for k in KINDS)
+                             + " | " + " / ".join(f"{statistics.mean(v[k] for r in runs for v in list(r['curve'].values())[-5:]):.0f}" for k in KINDS)
                              + f" | {' / '.join(f'''{statistics.mean(r['final']['pass@8'][k] for r in runs):.0f}''' for k in KINDS)} | {spread(last['entropy'], 2)} | "
                              + f"{spread(last['length'], 0)} | {100 * statistics.mean(last['all_failed']):.0f} | {statistics.mean(r['cpu_seconds'] for r in runs) / 60:.1f} |")
     families = sorted(held[0]["final"]["families"], key=lambda name: (name.startswith("foggy"), name))
