@@ -817,7 +817,8 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
         start = time.time()
         if not work:
             first, per = (step - 1) * cfg.questions, cfg.questions // world_size
-            indices = range(first + rank, first + cfg.questions * cfg.updates, world_size)
+            updates = min(cfg.updates, cfg.steps + 1 - step)        # the last rollout batch is for the steps that are left, so the run ends on a checkpoint
+            indices = range(first + rank, first + cfg.questions * updates, world_size)
             work, row = trainer.rollout([questions[i] for i in indices], [f"{cfg.seed}-{i}" for i in indices])
             folder.append("samples.jsonl", sample_row(step, work[0]))
         sampled = time.time()
