@@ -323,7 +323,8 @@ def table(rows: list[dict], steps: int) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"PTD-PO": "#1f6fb4", "GRPO": "#c4552d", "tutoring alone": "#3a9a5b", "teacher told the answer": "#8a56b0", "self-distillation": "#b08a1e"}
+COLOURS = {"PTD-PO": "#1f6fb4", "GRPO": "#c4552d", "tutoring alone": "#3a9a5b", "teacher told the answer": "#8a56b0", "self-distillation": "#b08a1e",
+           "no policy loss": "#3a9a5b"}
 
 
 def draw(rows: list[dict], folder: Path, steps: int) -> None:
@@ -338,7 +339,7 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
 
     def band(axes, x, values, arm):
         low, high = (list(map(f, zip(*values))) for f in (min, max))
-        axes.plot(x, [statistics.mean(v) for v in zip(*values)], color=COLOURS[arm], label=f"{arm} ({len(values)})", linewidth=1.8)
+        axes.plot(x, [statistics.mean(v) for v in zip(*values)], color=COLOURS[arm], label=f"{arm} ({len(values)})", linewidth=1.8, linestyle="-" if arm in MAIN else "--")
         axes.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
 
     def save(figure, name):
@@ -348,14 +349,14 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
         figure.savefig(folder / name, dpi=150)
         plt.close(figure)
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    for arm in (a for a in MAIN if runs[a]):
+    for arm in (a for a in COLOURS if runs[a]):
         for kind, axes in zip(KINDS, panels):
             band(axes, [int(s) for s in runs[arm][0]["curve"]], [[v[kind] for v in r["curve"].values()] for r in runs[arm]], arm)
         smooth = [[statistics.mean(r["entropy"][max(0, i - 9):i + 1]) for i in range(steps)] for r in runs[arm]]
         band(panels[2], range(1, steps + 1), smooth, arm)
     for axes, title, label in zip(panels, ("In clear sight: teacher 99.8 % right", "In fog: teacher 64 % right", "Entropy of the responses"),
                                   ("held-out accuracy, %", "", "nats a token, mean of 10 steps")):
-        axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None))
+        axes.set(xlabel="optimizer step", ylabel=label, title=title, ylim=(0, None if axes is panels[2] else 100))
     panels[0].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "claims.png")
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True, width_ratios=(4, 2, 6))
