@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLProcessor
@@ -330,6 +331,15 @@ def collate(prompts: list[Prompt], responses: list[list[int]], pad_id: int, devi
     return Batch(pad_prompts(different, pad_id, device), rows, ids, mask, apart)
 
 
+def share(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] along the first dimension, with a gradient that is the same every time.
+
+    TRAP: the backward of x[rows], and so of a cache's batch_select_indices, adds up equal rows by atomics on a CPU: with two threads or more the order,
+    and the last bits of a run, are chance. index_select's does so on a GPU. An embedding's adds in order on both.
+    """
+    return F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])
+
+
 def prefill(model, prompts: dict, rows: Tensor) -> tuple[Tensor, object, Tensor, Tensor]:
     """Run each prompt once, its images included, for the rows (B,) that continue it, with gradient where it is enabled.
 
@@ -341,8 +351,9 @@ def prefill(model, prompts: dict, rows: Tensor) -> tuple[Tensor, object, Tensor,
     out = model.model(**prompts, use_cache=True)
     attended = prompts["attention_mask"]
     deltas = model.model.rope_deltas if "pixel_values" in prompts else torch.zeros_like(attended[:, :1])
-    out.past_key_values.batch_select_indices(rows)
-    return out.last_hidden_state[:, -1:][rows], out.past_key_values, attended[rows], (attended.sum(1, keepdim=True) + deltas)[rows]
+    for layer in out.past_key_values.layers:
+        layer.keys, layer.values = share(layer.keys, rows), share(layer.values, rows)
+    return share(out.last_hidden_state[:, -1:], rows), out.past_key_values, attended[rows], (attended.sum(1, keepdim=True) + deltas)[rows]
 
 
 def response_states(model, batch: Batch) -> Tensor:

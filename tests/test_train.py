@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 from two_processes import make_trainer, make_work
 
@@ -366,6 +367,24 @@ def test_micro_batches_do_not_change_the_gradient(trainer):
     for g, parts in grads[1:]:
         assert_close(g, grads[0][0], 1e-4)
         assert parts["tutor_loss"] == pytest.approx(grads[0][1]["tutor_loss"], rel=1e-4) and parts["tutor_loss"] > 0
+
+
+def test_nothing_in_a_step_adds_up_in_an_order_of_chance(trainer):
+    """index_put with accumulate, the backward of x[rows], adds by atomics on a CPU with several threads, as index_add does on a GPU. Where equal places
+    met, two runs of the default on two threads differed after one step."""
+    meeting = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            name = op.overloadpacket.__name__.strip("_")
+            assert name != "index_add"
+            if name.startswith("index_put") and args[3:4] == (True,):
+                places = torch.zeros(args[0].shape, dtype=torch.long).index_put(tuple(args[1]), torch.tensor(1), accumulate=True)
+                meeting.append(int(places.max()))
+            return op(*args, **(kwargs or {}))
+    with Watch():
+        trainer.accumulate(make_work(trainer, "unequal", range(4)))
+    assert max(meeting) == 1
 
 
 def test_logits_mb_reaches_the_head_and_does_not_change_the_gradient(trainer, monkeypatch):
