@@ -335,7 +335,8 @@ def share(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows] along the first dimension, with a gradient that is the same every time.
 
     TRAP: the backward of x[rows], and so of a cache's batch_select_indices, adds up equal rows by atomics on a CPU: with two threads or more the order,
-    and the last bits of a run, are chance. index_select's does so on a GPU. An embedding's adds in order on both.
+    and the last bits of a run, are chance. index_select's does so on a GPU. An embedding's adds in order (measured on a CPU; for a GPU the source is the
+    list in torch.use_deterministic_algorithms, which names the other two and not this one).
     """
     return F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])
 
