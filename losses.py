@@ -163,26 +163,6 @@ def chunk_tokens(vocab: int, logits_mb: float, dtype: torch.dtype = torch.float3
     return max(1, int(logits_mb * 2**20) // (vocab * (16 if dtype == torch.float64 else 8)))
 
 
-def head_scores_bytes(tokens: int, hidden: int, vocab: int, *, k: int = 100, logits_mb: float = 512, dtype: torch.dtype = torch.float32,
-                      train_head: bool = True, cast_heads: int = 0) -> int:
-    """Peak memory of head_scores' forward and backward with a teacher, on top of its inputs, in bytes, as a sum of its tensors' sizes.
-
-    tokens N, hidden H, vocab V; dtype: what the heads compute in; cast_heads: how many heads autocast must cast to it (float32 masters).
-    train_head: the gradient of the head's weight is formed, (V, H) float32; in half precision each chunk's share stands beside it.
-    """
-    half, real = dtype.itemsize, max(4, dtype.itemsize)
-    chunk, support = min(tokens, chunk_tokens(vocab, logits_mb, dtype)), 2 * min(k, vocab) + 2
-    cast = cast_heads * vocab * hidden * half
-    kept = tokens * (support * (8 + 2 * real) + hidden * half)                      # ids, two gradients in the buckets, mean rows
-    forward = cast + kept + chunk * (vocab * 2 * real + support * 32)               # 32: a chunk's ids and logits in the buckets
-    share = 0 if half == real else half                                             # copies in half precision
-    backward = kept + tokens * (support * 2 * real + hidden * (real if half == real else 2 * real))
-    if train_head:
-        backward = max(backward, cast // max(1, cast_heads) + kept + tokens * (support + hidden) * real
-                       + vocab * hidden * (real + share) + chunk * vocab * (real + share))
-    return max(forward, backward)
-
-
 def head_scores(hidden: Tensor, head: torch.nn.Linear, ids: Tensor, teacher_hidden: Tensor | None = None,
                 teacher_head: torch.nn.Linear | None = None, *, k: int = 100, temperature: float = 1.0, banned: Tensor | None = None,
                 divergence: str = "jsd", support: str = "union", logits_mb: float = 512) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -11,17 +11,13 @@ Every mean has its own denominator, counted over the whole optimizer step: all m
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from losses import DIVERGENCES, SUPPORTS, k3_kl, masked_mean, policy_loss
-
-
-def option(default, text: str, toy=None, **more):
-    """A dataclass field that is also a command-line option. toy: its value for the embedded default, where that differs."""
-    return field(default=default, metadata={"help": text, "toy": toy, **more})
+from plumbing.settings import option
 
 
 @dataclass

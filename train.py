@@ -14,43 +14,50 @@ The numbered phases, in `Trainer.rollout` and `Trainer.update`, are the method; 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import hashlib
-import io
 import json
 import logging
-import os
-import random
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
-from PIL import Image
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
 
-from hints import CONTEXTS, Hint, audit_views, hinted_messages, join_hints, screen_hints, teacher_messages
-from losses import head_scores, head_scores_bytes, topk_jsd
-from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, option, ptdpo_loss, route
-from rollout import (Batch, ImageTextProcessor, Prompt, Rollout, Sample, banned_tokens, collate, encode_images, encode_prompts, load_processor, load_samples,
-                     load_verifier, open_image, pick_option, plain_messages, prompt_tokens, quiet_loading, response_states, reward, sample_groups, take_features)
-from toy import world
+from hints import CONTEXTS, hinted_messages, teacher_messages
+from plumbing.answers import load_verifier
+from plumbing.check import check
+from plumbing.data import Questions
+from plumbing.images import encode_images, quiet_loading
+from plumbing.inputs import read_inputs
+from plumbing.memory import plan, plan_table
+from plumbing.models import build, frozen_tower, gathered
+from plumbing.page import write_page
+from plumbing.runs import Checkpoints, RunFolder, report, sample_row
+from plumbing.settings import EMBEDDED, flag, option
+from plumbing.study import audit
+from ptdpo import PTDPOConfig, Route, count_tokens, group_advantages, ptdpo_loss, route
+from rollout import (
+    Batch,
+    Prompt,
+    Rollout,
+    Sample,
+    banned_tokens,
+    collate,
+    encode_prompts,
+    plain_messages,
+    response_states,
+    reward,
+    sample_groups,
+)
 
-EMBEDDED = str(Path(__file__).resolve().parent / "toy" / "base")
 THIS_RUN = "this run"
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -129,11 +136,6 @@ class TrainConfig:
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
 
-def flag(name: str) -> str:
-    """group_size -> --group-size"""
-    return "--" + name.replace("_", "-")
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, instead of every option and then the error."""
 
@@ -186,227 +188,9 @@ def parse_args(argv=None) -> tuple[TrainConfig, PTDPOConfig, argparse.ArgumentPa
 
 
 # ------------------------------------------------------------------------------------------------------- reading the input
-class Questions:
-    """Question number i of the run, for ever: a stream of puzzles, or the data shuffled anew each epoch by the seed."""
-
-    def __init__(self, samples: list[Sample] | None, seed: int, fog: float = 0.0):
-        self.samples, self.seed, self.fog, self.epoch, self.order = samples, seed, fog, -1, []
-
-    def fingerprint(self) -> str:
-        """Changes where the data's ids do."""
-        return hashlib.sha256("\n".join(s.id for s in self.samples or ()).encode()).hexdigest()[:16]
-
-    def __getitem__(self, i: int) -> Sample:
-        if self.samples is None:
-            return world.sample(world.make_puzzle("train", self.seed * 10**6 + i, fog=self.fog))
-        epoch, place = divmod(i, len(self.samples))
-        if epoch != self.epoch:                 # shuffled once an epoch, not once a question
-            self.epoch, self.order = epoch, list(range(len(self.samples)))
-            random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
-        return self.samples[self.order[place]]
-
-
-def read_inputs(cfg: TrainConfig, world_size: int) -> tuple[Questions, list[Sample], str, Path, ImageTextProcessor]:
-    """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the run folder, the processor.
-
-    A hint that holds a spoiler or is too long is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
-    """
-    if cfg.questions % world_size:
-        raise ValueError(f"--questions {cfg.questions} must be a multiple of the {world_size} processes")
-    if cfg.hints and not cfg.data:
-        raise ValueError("--hints needs --data: the puzzles bring their own")
-    if cfg.fog and cfg.data:
-        raise ValueError("--fog is for the built-in puzzles: it cannot stand beside --data")
-    load_verifier(cfg.verifier)
-    local = Path(cfg.model)
-    if not local.exists() and (local.is_absolute() or cfg.model.startswith(".") or cfg.model.count("/") != 1):
-        raise ValueError(f"--model {cfg.model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct")
-    try:
-        model_type = AutoConfig.from_pretrained(cfg.model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {cfg.model}: cannot read its config.json: {str(error).splitlines()[0]}") from None
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"--model {cfg.model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}")
-    if cfg.report and world_size > 1:
-        raise ValueError(f"--report runs in one process: afterwards, python train.py --report runs/{cfg.name or 'NAME'}")
-    run = Path(cfg.resume) if cfg.resume else Path("runs") / (cfg.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    if run.exists() and not cfg.resume:
-        raise ValueError(f"{run} exists already; choose another --name or remove it")
-    processor, bad = load_processor(cfg.model, cfg.min_pixels, cfg.max_pixels), []
-
-    def load(source, split):
-        found = load_samples(source, Hint.from_json, split=split, image_dir=cfg.image_dir, bad=bad if cfg.skip_bad else None)
-        fits = [prompt_tokens(processor, s) <= cfg.max_prompt for s in found]
-        if not any(fits):
-            raise ValueError(f"{source}: every prompt is longer than --max-prompt {cfg.max_prompt} tokens")
-        return [s for s, fine in zip(found, fits) if fine], fits.count(False)
-    held_out, long = load(cfg.eval_data, cfg.eval_split) if cfg.eval_data else (world.puzzles("heldout", cfg.eval_questions, fog=cfg.fog), 0)
-    if cfg.eval_data and (leaky := sum(map(len, screen_hints(held_out, processor.tokenizer, cfg.max_hint_tokens).values()))):
-        bad.append(f"{leaky} unusable hints of held-out questions")
-    samples, note = None, "questions: built-in puzzles, all with a hint"
-    if cfg.data:
-        samples, more = load(cfg.data, cfg.split)
-        long += more
-        strangers = join_hints(samples, cfg.hints) if cfg.hints else 0
-        dropped = screen_hints(samples, processor.tokenizer, cfg.max_hint_tokens)
-        note = f"questions: {len(samples)} from {cfg.data}; {sum(s.hint is not None for s in samples)} with a hint"
-        note += "".join(f", {len(ids)} hints dropped ({reason}; first: {ids[0]})" for reason, ids in dropped.items() if ids)
-        note += f"; {strangers} lines of {cfg.hints} belong to no question here" if strangers else ""
-        teachable = sum(teacher_messages(s, cfg.teacher_context) is not None for s in samples)
-        note += f"; {len(samples) - teachable} are never tutored, for want of a {cfg.teacher_context}" if teachable < len(samples) else ""
-    if samples and cfg.train_vision and world_size > 1 and not all(s.images for s in samples):
-        raise ValueError("--train-vision in several processes needs an image in every question: a micro-batch without one leaves the tower's weights out")
-    note += f"\nleft out: {long} questions with a prompt above {cfg.max_prompt} tokens" if long else ""
-    note += "".join(f"\nleft out: {message}" for message in bad)
-    return Questions(samples, cfg.seed, cfg.fog), held_out[:cfg.eval_questions], note, run, processor
 
 
 # ------------------------------------------------------------------------------------------------------------------ models
-class Scorer(torch.nn.Module):
-    """A language model as per-token scores. Whatever needs the weights runs inside this forward, so that DDP and FSDP see every use of them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        # what FSDP shards each by itself. The vision tower is not among them: on a process without images its gathers would be missing
-        self._no_split_modules = [name for name in model._no_split_modules if name.endswith("DecoderLayer")]
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.model.get_output_embeddings()
-
-    def forward(self, batch: Batch | None = None, *, run=None, tutored=None, teacher_states=None, teacher_head=None, **settings):
-        """Log-prob, entropy, Top-K JSD of the response tokens, each (B, T) with 0 outside; settings go to losses.head_scores.
-
-        tutored (B,) bool: the rows that teacher_states (their tokens, H) belong to; the JSD is 0 elsewhere, None without a teacher.
-        With `run` instead: run(the language model), for whatever else needs its weights.
-        """
-        if run is not None:
-            return run(self.model)
-        states, mask = response_states(self.model, batch), batch.mask
-        taught = mask & tutored.unsqueeze(1) if teacher_states is not None else torch.zeros_like(mask)
-        passes = [(mask & ~taught, None), (taught, teacher_states)][:1 if teacher_states is None else 2]   # each token meets the head once
-        out = [torch.zeros(mask.shape, device=mask.device) for _ in range(3)]
-        for where, teacher in passes:
-            scores = head_scores(states[where], self.head, batch.ids[where], teacher, teacher_head, **settings)
-            out = [old if new is None else old.masked_scatter(where, new) for old, new in zip(out, scores)]
-        return out[0], out[1], (out[2] if teacher_states is not None else None)
-
-
-def frozen_tower(cfg: TrainConfig) -> bool:
-    """The vision tower is not trained, so that each image goes through it once a rollout, for student and reference alike."""
-    return bool(cfg.lora) or not cfg.train_vision
-
-
-class AdapterOff:
-    """The frozen reference of a LoRA run: the student with its adapters switched off."""
-
-    def __init__(self, student: Scorer):
-        self.student = student
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.student.head
-
-    def parameters(self):
-        return self.student.parameters()
-
-    def __call__(self, *args, **settings):
-        training = self.student.training
-        self.student.eval()                     # TRAP: a model that recomputes its activations has no cache while it is in training mode
-        self.student.model.disable_adapters()
-        try:
-            return self.student(*args, **settings)
-        finally:
-            self.student.model.enable_adapters()
-            self.student.train(training)
-
-
-def build(cfg: TrainConfig, accelerator: Accelerator):
-    """Student and frozen reference. What is trained has float32 master weights; the reference takes bf16 where that is used, and is
-    sharded as the student will be."""
-    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    student = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half if cfg.lora else torch.float32))
-    model = student.model
-    model.model.visual.requires_grad_(not frozen_tower(cfg))
-    if cfg.lora:
-        if sharded:
-            raise ValueError("--lora does not run under FSDP: use one of them")
-        from peft import LoraConfig
-        inside = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".language_model." in f".{name}"]
-        model.add_adapter(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=inside))       # float32 adapters, all else frozen
-        reference = AdapterOff(student)
-    else:
-        reference = Scorer(AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=half)).eval().requires_grad_(False)
-    if frozen_tower(cfg):
-        for scorer in (student,) if cfg.lora else (student, reference):
-            take_features(scorer.model)
-    if cfg.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # its name up to 5.17
-        enable({"use_reentrant": False})
-    if sharded:
-        # each layer, then the root, which stays whole once it has run: the student's forward reads the reference's head
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for module in [m for m in reference.modules() if type(m).__name__ in reference._no_split_modules]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(reference, mesh=mesh, reshard_after_forward=False)
-        return student, reference
-    student.to(accelerator.device)
-    return student, reference if cfg.lora else reference.to(accelerator.device)
-
-
-@contextlib.contextmanager
-def gathered(scorer: Scorer):
-    """Within scorer's forward: the weights whole until the end, gathered once instead of once a token. Nothing to do where nothing is sharded."""
-    shards = [m for m in scorer.modules() if isinstance(m, FSDPModule)]
-    for module in shards:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for module in shards[1:]:               # the root is the first, and stays as it is until its own forward ends
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-
-def plan(cfg: TrainConfig, method: PTDPOConfig, gpus: int, bf16: bool) -> dict[str, float]:
-    """Memory a GPU in GiB, by part, and "peak": from the config alone, nothing is loaded.
-
-    Parameters are counted on the meta device. Activations: 30 H + 8 I + 4 KV + 8 bytes a token and layer in bf16, 32 H + 16 I + 8 KV + 8 in
-    float32 (hidden, intermediate and key-value sizes), as counted from the tensors that transformers 5.23's Qwen2-VL layers save for
-    backward; 4 H and one layer's all when they are recomputed. Not in it: the allocator's own waste, attention masks, the vision tower's pass.
-    """
-    config = AutoConfig.from_pretrained(cfg.model)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    text, half = config.text_config, 2 if bf16 else 4
-    every, tower = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.visual))
-    layer = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
-    inside = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
-    trained = sum(cfg.lora * (m.in_features + m.out_features) for m in inside) if cfg.lora else every - (0 if cfg.train_vision else tower)
-    kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    a, b, c = (30, 8, 4) if bf16 else (32, 16, 8)
-    token = a * text.hidden_size + b * text.intermediate_size + c * kv + 8
-    copies = 0 if not bf16 or cfg.lora else 2 * (every - layer * (text.num_hidden_layers - 2) if gpus > 1 else every)
-    head = head_scores_bytes(cfg.micro_tokens, text.hidden_size, text.vocab_size, k=method.k, logits_mb=cfg.logits_mb,
-                             dtype=torch.bfloat16 if bf16 else torch.float32, train_head=not cfg.lora)
-    layers = (4 * text.hidden_size * text.num_hidden_layers + token) if cfg.gradient_checkpointing else token * text.num_hidden_layers
-    parts = {"weights": (half * every + 4 * trained if cfg.lora else 4 * every) / gpus, "AdamW": 8 * trained / gpus,
-             "reference": 0 if cfg.lora else half * every / gpus, "gradients": 4 * trained / gpus, "bf16 copies": copies,
-             "activations": cfg.micro_tokens * layers, "logits, head": head}
-    standing = parts["weights"] + parts["AdamW"] + parts["reference"]
-    parts["caches, sampling"] = cfg.sample_mb * 2**20 + (half * every if gpus > 1 else copies)
-    parts["peak"] = max(sum(parts.values()) - parts["caches, sampling"], standing + parts["caches, sampling"])
-    return {name: size / 2**30 for name, size in parts.items()}
-
-
-def plan_table(parts: dict[str, float], gpus: int) -> str:
-    """`plan` for reading."""
-    lines = [f"{name:20s}{size:8.1f} GiB" for name, size in parts.items() if name != "peak"]
-    return "\n".join([f"predicted memory, each of {gpus} GPU{'s, sharded' if gpus > 1 else ''}:", *lines,
-                      f"{'peak':20s}{parts['peak']:8.1f} GiB: while updating, or weights, AdamW and reference with the caches while sampling"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
@@ -608,192 +392,7 @@ def evaluate(trainer: Trainer, samples: list[Sample], messages=plain_messages) -
             "right": gather_object([s.id for s, fine in zip(mine, right) if fine])}
 
 
-def audit(trainer: Trainer, questions: Questions) -> str:
-    """How often the frozen model finds the answer from what a hint says, with the picture and without it, as a table.
-
-    A hint set leaks where, without the picture, more questions are right with their own hint than with that of another question, alike
-    where there is one, by more than two standard errors of the difference (McNemar's test).
-    """
-    count = min(trainer.cfg.eval_questions, len(questions.samples or range(10**9)))
-    samples = sorted((s for s in (questions[i] for i in range(count)) if s.hint), key=lambda s: s.question)
-    if len(samples) < 2:
-        return f"{len(samples)} of {count} questions have a hint: nothing to audit"
-    views = [audit_views(s, other.hint) for s, other in zip(samples, samples[1:] + samples[:1])]
-    right, lines = {}, [f"{'what the frozen model reads':30s}{'right':>7s}   of {len(samples)}"]
-    for name in views[0]:
-        right[name] = set(evaluate(trainer, [view[name][0] for view in views], views[0][name][1])["right"])
-        lines.append(f"{name:30s}{100 * len(right[name]) / len(samples):7.1f} %")
-    for own, placebo in (("question + hint", "question + another's hint"), ("hint", "another's hint")):
-        more, less = right[own] - right[placebo], right[placebo] - right[own]
-        leaks = len(more) - len(less) > 2 * (len(more) + len(less)) ** 0.5
-        lines.append(f"{'LEAK' if leaks else 'no leak seen'}: without the picture, '{own}' alone is right {len(more)} times, '{placebo}' alone {len(less)} times"
-                     + (f"; first: {', '.join(sorted(more)[:5])}" if leaks else ""))
-    return "\n".join(lines)
-
-
-def check(trainer: Trainer, questions: Questions) -> tuple[bool, str]:
-    """What goes wrong silently, looked for on the user's own model and data before a long run: -> all fine?, the table.
-
-    Samples four questions, scores them in every way that training does, and grades gold answers against themselves.
-    """
-    cfg, accelerator, method = trainer.cfg, trainer.accelerator, trainer.method
-    exact, rows = accelerator.mixed_precision == "no", []
-
-    def expect(name: str, fine: bool, seen: str, advice: str) -> None:
-        rows.append(f"{'ok  ' if fine else 'FAIL'} {name}: {seen}" + ("" if fine else f"\n     -> {advice}"))
-    some = [questions[i] for i in range(min(200, len(questions.samples or range(200))))]
-    taught = [s for s in some if teacher_messages(s, cfg.teacher_context) is not None][:4]
-    if not taught:
-        return False, f"FAIL hints: none of the first {len(some)} questions has a {cfg.teacher_context}\n     -> build hints with hints.py; without any, PTD-PO is GRPO"
-    groups, row = trainer.rollout(taught)
-    work = [group[0] for group in groups]                   # one response a question is scored: a micro-batch
-    contexts, plain = [teacher_messages(s, cfg.teacher_context) for s in taught], trainer._collate(work, [w.prompt for w in work])
-    grey = [replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images]) for s in taught]
-    views = {name: encode_prompts(trainer.processor, samples, chats) for name, samples, chats in
-             (("hint", taught, contexts), ("nothing", taught, [plain_messages(s) for s in taught]), ("grey", grey, contexts))}
-    with torch.no_grad(), accelerator.autocast():
-        states = {name: trainer.reference(run=lambda model, b=trainer._collate(work, prompts): response_states(model, b))[plain.mask] for name, prompts in views.items()}
-        head = trainer.reference.head
-        moved = {name: head_scores(states[name], head, plain.ids[plain.mask], states["hint"], head, k=method.k, **trainer.settings)[2].mean().item()
-                 for name in ("nothing", "grey")}
-        together = trainer.student(plain, **trainer.settings)[0]
-        alone = [trainer.student(trainer._collate([w], [w.prompt]), **trainer.settings)[0][0] for w in work]
-    trainer.student.train()
-    learning = trainer._collate(work, [w.prompt for w in work], apart=cfg.gradient_checkpointing)
-    logp, _, jsd = trainer.student(learning, tutored=torch.ones_like(plain.rows, dtype=torch.bool), teacher_states=states["hint"], teacher_head=head, k=method.k,
-                                   **trainer.settings)
-    ratio = (logp.detach() - together).exp().sub(1).abs().max().item()
-    expect("the ratio is 1 on the first pass", ratio < (1e-4 if exact else 1e-2), f"largest |ratio - 1| {ratio:.1e}",
-           "two passes over the same tokens differ: is there dropout in the model's config, or a kernel that is not deterministic?")
-    drawn = [max(abs(a - b) for a, b in zip(together[i].tolist(), w.rollout.logp)) for i, w in enumerate(work) if w.rollout.logp]
-    expect("the scorer agrees with the sampler", max(drawn, default=0) < (1e-3 if exact else 1.0), f"largest difference of a log-prob {max(drawn, default=0):.1e}",
-           "positions or masks differ between decoding and scoring; try --generate hf, and report the model's class")
-    gap = max((a - b[:len(a)]).abs().max().item() for a, b in zip(alone, together))
-    expect("padding changes nothing", gap < (1e-3 if exact else 0.5), f"largest difference of a log-prob, padded and alone, {gap:.1e}",
-           "the model reads its padding; report the model's class")
-    accelerator.backward(jsd.sum() / plain.mask.sum())
-    norm = torch.stack([p.grad.norm() for p in trainer.student.parameters() if p.grad is not None]).norm().item()
-    trainer.optimizer.zero_grad()
-    expect("tutoring has a gradient", norm > 1e-8, f"norm {norm:.1e}", "the teacher's distribution is the student's own, or nothing is trainable: see the two lines below")
-    expect(f"the {cfg.teacher_context} changes the teacher's distribution", moved["nothing"] > 1e-5, f"mean divergence with and without it {moved['nothing']:.1e}",
-           "the hint is not read: does the chat template drop it? Or it says nothing new")
-    pictured = any(s.images for s in taught)
-    expect("the image changes the teacher's distribution", not pictured or moved["grey"] > 1e-6, f"mean divergence to a grey one {moved['grey']:.1e}" if pictured else "no images here",
-           "the teacher does not see the image: check the column 'images' and the processor")
-    marks = torch.stack([torch.stack([p.detach().double().sum(), p.detach().double().abs().sum()]) for p in trainer.reference.parameters()]).sum(0)
-    everywhere = accelerator.gather(marks.unsqueeze(0))
-    expect("the reference is the same on every process", bool((everywhere == everywhere[0]).all()), f"{len(everywhere)} checksums", "the processes loaded different weights: is the model folder the same for all?")
-    unread = [s.id for s in some if not trainer.verify(f"\\boxed{{{s.answer}}}", s.answer, s.choices) or s.choices and pick_option(s.answer, s.choices) is None]
-    expect("gold answers verify against themselves", not unread, f"{len(some) - len(unread)} of {len(some)}, {sum(bool(s.choices) for s in some)} with options" + (f"; first that does not: {unread[0]}" if unread else ""),
-           "such an answer can never be rewarded: a gold answer that is no option, is too long, or needs --verifier math")
-    cut, count = row["truncated"], len(taught) * cfg.group_size
-    expect("responses end before the limit", cut <= 0.25, f"{100 * cut:.0f} % of {count} cut off at --max-new-tokens {cfg.max_new_tokens}", "raise --max-new-tokens, or --mask-truncated")
-    rows.append(f"     sampled: {100 * row['accuracy']:.0f} % right, {100 * row['all_failed']:.0f} % in groups that all failed, {row['length']:.0f} tokens long")
-    return not any(line.startswith("FAIL") for line in rows), "\n".join(rows)
-
-
 # --------------------------------------------------------------------------------------------------------------------- run
-class RunFolder:
-    """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, model/. Only the main process writes.
-
-    step: the one a resumed run goes on from; what was logged after it is cut off, as it will be done again.
-    """
-
-    def __init__(self, path: Path, config: dict, active: bool, step: int | None = None):
-        self.path, self.active = path, active
-        if active and step is None:
-            path.mkdir(parents=True)
-        if active:
-            write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
-        for log in (path / "metrics.jsonl", path / "samples.jsonl") if active and step is not None else ():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_beside(log, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-    def append(self, name: str, row: dict) -> None:
-        if self.active:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def save_model(self, trainer: Trainer) -> None:
-        """The student's weights, or its LoRA adapters alone. Written beside and renamed: model/ is there whole or not at all."""
-        trainer.accelerator.wait_for_everyone()
-        weights = None if trainer.cfg.lora else trainer.accelerator.get_state_dict(trainer.student)
-        if self.active:
-            part = self.path / "model.part"
-            shutil.rmtree(part, ignore_errors=True)
-            trainer.policy.save_pretrained(part, state_dict=weights and {name.removeprefix("model."): value for name, value in weights.items()})
-            trainer.processor.save_pretrained(part)
-            shutil.rmtree(self.path / "model", ignore_errors=True)
-            os.rename(part, self.path / "model")
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Replace a file at once: it holds the old text or the new, never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-class Checkpoints:
-    """runs/NAME/checkpoints/step-N: weights, optimizer, schedule and random states, as accelerate writes them, and state.json: step,
-    what the final table needs, the data's fingerprint, and every file's size. Written beside and renamed."""
-
-    def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
-        self.accelerator, self.folder, self.keep = accelerator, folder / "checkpoints", keep
-
-    def found(self) -> list[Path]:
-        """The finished ones, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".part")
-
-    def save(self, state: dict) -> None:
-        """After a whole rollout batch. A full disk ends the run with a message; the checkpoints before are untouched."""
-        accelerator, target = self.accelerator, self.folder / f"step-{state['step']:08d}"
-        part = target.with_suffix(".part")
-        accelerator.wait_for_everyone()
-        try:
-            if accelerator.is_main_process:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(part))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
-                (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
-                os.rename(part, target)
-                for old in self.found()[:-self.keep]:
-                    shutil.rmtree(old)
-        except (OSError, RuntimeError) as error:            # torch.save tells of a full disk by a RuntimeError
-            shutil.rmtree(part, ignore_errors=True)
-            last = self.found()
-            sys.exit(f"cannot write the checkpoint {target}: {error}\n" + (f"the last good one is {last[-1]}" if last else "there is none before it"))
-
-    def newest(self, questions: Questions, cfg: TrainConfig) -> tuple[Path, dict]:
-        """The newest checkpoint and its state. Raises ValueError where there is none, where it is not whole, and where the run cannot go on from it."""
-        if not self.found():
-            raise ValueError(f"--resume: no checkpoint in {self.folder}")
-        path = self.found()[-1]
-        try:
-            state = json.loads((path / "state.json").read_text())
-            short = [name for name, size in state["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})") from None
-        if short:
-            raise ValueError(f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before")
-        if state["data"] != questions.fingerprint():
-            raise ValueError(f"--resume: the questions in {cfg.data} are not those that {path} was trained on")
-        if state["step"] >= cfg.steps:
-            raise ValueError(f"--resume: {path} has done all {cfg.steps} steps; give a larger --steps to go on")
-        return path, state
-
-
-def sample_row(step: int, group: list[Work]) -> dict:
-    """One question of a step for samples.jsonl."""
-    sample = group[0].rollout.sample
-    return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
-            "hint": sample.hint and asdict(sample.hint),
-            "responses": [{"text": w.rollout.text, "correct": w.rollout.correct, "reward": round(w.rollout.reward, 4),
-                           "tutored": w.tutored, "truncated": w.rollout.truncated} for w in group]}
 
 
 def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder: RunFolder, checkpoints: Checkpoints, state: dict | None) -> dict:
@@ -852,84 +451,7 @@ def train(trainer: Trainer, questions: Questions, held_out: list[Sample], folder
     return {"before": {**before, "entropy": entropies[0]}, "after": {**after, "entropy": entropies[-1]}, "seconds": state["seconds"]}
 
 
-def report(table: dict, folder: RunFolder, trainer: Trainer) -> None:
-    """The table that a run ends with, and on a GPU the memory it took."""
-    before, after = table["before"], table["after"]
-    print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
-    for label, key, scale, unit in (("accuracy, plain prompt", "plain", 100, "%"), ("accuracy, with the hint", "hinted", 100, "%"),
-                                    ("entropy, nats a token", "entropy", 1, ""), ("response length, tokens", "length", 1, "")):
-        digits = 2 if key == "entropy" else 1
-        print(f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}")
-    print(f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
-          f"{table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps skipped for a non-finite gradient)")
-    print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Load the model with\n"
-          f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
-    if torch.cuda.is_available():
-        gpus = trainer.accelerator.num_processes if trainer.sharded else 1
-        print(f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
-              f"{plan(trainer.cfg, trainer.method, gpus, trainer.accelerator.mixed_precision == 'bf16')['peak']:.1f}")
-
-
 # --------------------------------------------------------------------------------------------------------- a page to look at
-@torch.no_grad()
-def explain(model, reference, processor, cfg: TrainConfig, method: PTDPOConfig, sample: Sample, count: int = 4, most: int = 1000) -> list[dict]:
-    """`count` responses of `model` to the plain prompt, as the page shows them: verdict, and for each of the first `most` tokens its text, its
-    divergence from the teacher (the reference with the hint), and the five tokens that student and teacher found likeliest there."""
-    context = teacher_messages(sample, cfg.teacher_context)
-    chats = [plain_messages(sample)] + [context] * (context is not None)
-    prompts = encode_prompts(processor, [sample] * len(chats), chats)
-    [group] = sample_groups(model, processor, [sample], prompts[:1], count, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                            top_p=cfg.top_p, top_k=cfg.top_k, sample_mb=cfg.sample_mb)
-    tokenizer, verify = processor.tokenizer, load_verifier(cfg.verifier)
-    banned = torch.tensor(banned_tokens(model, tokenizer), device=model.device)
-
-    def likeliest(logits):
-        top = (logits / cfg.temperature).softmax(-1).topk(min(5, logits.shape[-1]), dim=-1)
-        return [[[tokenizer.decode([i]), round(p, 5)] for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
-    shown = []
-    for rollout in group:
-        ids, tokens = rollout.ids[:most], []
-        states = [(m, response_states(m, collate([prompt], [ids], tokenizer.pad_token_id, m.device))[0]) for m, prompt in zip((model, reference), prompts)]
-        for a in range(0, len(ids), 256):               # (256, V) logits at a time
-            logits = [m.get_output_embeddings()(x[a:a + 256]).float().index_fill_(-1, banned, float("-inf")) for m, x in states]
-            d = topk_jsd(*logits, method.k, cfg.temperature, divergence=method.divergence, support=method.support).tolist() if context else None
-            tops = [likeliest(x) for x in logits]
-            for i in range(len(logits[0])):
-                # what the token adds to the text: a token alone may be part of a character, or lack its space
-                near, end = max(0, a + i - 8), a + i
-                text = tokenizer.decode(ids[near:end + 1])[len(tokenizer.decode(ids[near:end])):]
-                tokens.append([text, round(d[i], 5) if d else 0, tops[0][i], tops[1][i] if d else None])
-        shown.append({"correct": verify(rollout.text, sample.answer, sample.choices), "truncated": rollout.truncated,
-                      "more": len(rollout.ids) - len(ids), "tokens": tokens})
-    return shown
-
-
-def write_page(run: Path, cfg: TrainConfig, method: PTDPOConfig, held_out: list[Sample], processor, count: int = 6) -> Path:
-    """runs/NAME/report.html from a finished run: its first `count` held-out questions, those with a hint first. One file, no network; what comes
-    from the data stands in it as JSON without any "<", and the page never reads it as HTML."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and cfg.precision != "no" else torch.float32
-    reference, student = (AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval() for path in (cfg.model, str(run / "model")))
-    questions = []
-    for sample in tqdm(sorted(held_out, key=lambda s: s.hint is None)[:count], unit="question", desc="report", dynamic_ncols=True):
-        images = []
-        for n, image in enumerate(map(open_image, sample.images)):
-            (width, height), small, file = image.size, image.copy(), io.BytesIO()
-            small.thumbnail((448, 448))
-            small.save(file, "PNG")
-            boxes = sample.boxes[n] if sample.hint and sample.boxes else []
-            images.append({"src": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), "width": max(224, small.width),
-                           "boxes": [[left / width, top / height, right / width, bottom / height] for left, top, right, bottom in boxes]})
-        before, after = (explain(model, reference, processor, cfg, method, sample) for model in (reference, student))
-        questions.append({"id": sample.id, "family": sample.family, "question": sample.question, "answer": sample.answer, "images": images,
-                          "hint": sample.hint and asdict(sample.hint), "before": before, "after": after})
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
-    settings = (f"{'toy/base' if cfg.model == EMBEDDED else cfg.model}; {rows[-1]['step']} steps; lam {method.lam}, tau {method.tau}, K {method.k}, lr {cfg.lr}. Held-out questions, plain prompt, greedy: "
-                f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first {len(questions)} of them, sampled at temperature {cfg.temperature}.")
-    data = json.dumps({"title": f"PTD-PO, before and after: {run.name}", "settings": settings, "questions": questions}).replace("<", "\\u003c")
-    write_beside(run / "report.html", (Path(__file__).resolve().parent / "report.html").read_text(encoding="utf-8").replace("@DATA@", data))
-    return run / "report.html"
 
 
 def main(argv=None) -> None:
@@ -968,7 +490,7 @@ def main(argv=None) -> None:
     accelerator.print(f"model: {cfg.model}, {count:.2f} M parameters, {trained:.2f} M of them trained, on "
                       f"{accelerator.device} x {accelerator.num_processes}, mixed precision: {precision}\n{note}")
     if cfg.audit_hints:
-        return accelerator.print(audit(trainer, questions))
+        return accelerator.print(audit(trainer, questions, evaluate))
     if cfg.check:
         fine, text = check(trainer, questions)
         accelerator.print(text)

@@ -171,7 +171,7 @@ def run(name: str, tokens: int, train_head: bool, repeats: int, save: str | None
         torch.save({"value": value, "grad": h.grad.float().cpu()}, save)
     row = {"name": name, "tokens": tokens, "train_head": train_head, "mib": round(min(peaks), 1), "seconds": round(min(seconds), 3)}
     if name == OURS:
-        from losses import head_scores_bytes
+        from plumbing.memory import head_scores_bytes
         row["predicted_mib"] = round(head_scores_bytes(tokens, HIDDEN, VOCAB, k=K, logits_mb=LOGITS_MB, dtype=head.dtype,
                                                        train_head=train_head) / 2**20, 1)
     return row

@@ -70,7 +70,8 @@ def setup(shape: str):
 
 
 def ours(model, prompts, special):
-    from rollout import _decode, uniforms
+    from plumbing.decoding import uniforms
+    from rollout import _decode
     rows = [p for p in prompts for _ in range(GROUP)]
     return lambda new: _decode(model, rows, uniforms([str(i) for i in range(len(rows))], new), [], special, special[4], new, temperature=1.0)[0]
 
@@ -91,7 +92,7 @@ def trl(model, prompts, special):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from rollout import load_processor
+    from plumbing.images import load_processor
     config = GRPOConfig(output_dir=tempfile.mkdtemp(), num_generations=GROUP, per_device_train_batch_size=GROUP, max_completion_length=NEW,
                         report_to=[], use_cpu=not GPU, bf16=GPU, generation_kwargs={"suppress_tokens": special}, gradient_checkpointing=False)
     trainer = GRPOTrainer(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
@@ -129,7 +130,7 @@ def measure(name: str, shape: str) -> dict:
 
 def verifier() -> None:
     """Milliseconds of `verify` on adversarial responses of 1 MB: the slowest gold answer of four."""
-    from rollout import verify
+    from plumbing.answers import verify
     n = 10**6
     cases = {"\\boxed{ repeated": "\\boxed{" * (n // 7), "one \\boxed{, open braces": "\\boxed{" + "{" * n, "answer: repeated": "answer: " * (n // 8),
              "answer and blanks": "answer" + " " * n, "newlines": "\n" * n, "<think> repeated": "<think>" * (n // 7), "<answer> repeated": "<answer>" * (n // 8),

@@ -153,7 +153,8 @@ def measure_trl(shape: Shape, micro: int) -> dict:
     from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from rollout import FORMAT_PROMPT, load_processor
+    from plumbing.images import load_processor
+    from rollout import FORMAT_PROMPT
     folder, samples, phases, lora = make_folder(shape), make_samples(shape), Phases(), shape.options.get("lora")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if lora else torch.float32)
     model.model.visual.requires_grad_(False)

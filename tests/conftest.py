@@ -1,4 +1,5 @@
 """Shared by the tests: the embedded base model, loaded once, and one thread, so that nothing depends on the machine's cores."""
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def base():
     """(model, processor) of toy/base, float32, eval. Do not change the weights."""
     from transformers import AutoModelForImageTextToText
 
-    from rollout import load_processor
+    from plumbing.images import load_processor
     path = str(ROOT / "toy" / "base")
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval(), load_processor(path)
 
@@ -54,3 +55,30 @@ def make_tiny(kind: str, processor):
 def tiny(request, base):
     """(model, processor) of each real class."""
     return make_tiny(request.param, base[1]), base[1]
+
+
+TINY = ["--steps", "2", "--questions", "2", "--group-size", "4", "--eval-questions", "6", "--eval-every", "1"]
+
+
+def logged(run):
+    """metrics.jsonl without the seconds."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] if (run / "metrics.jsonl").exists() else []
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+@pytest.fixture
+def trainer():
+    from two_processes import make_trainer
+    return make_trainer()
+
+
+def gradient(trainer):
+    return {name: p.grad.clone() for name, p in trainer.policy.named_parameters() if p.grad is not None}
+
+
+def assert_close(a, b, rtol):
+    """Relative to the largest gradient of all parameters: float32 sums in another order."""
+    scale = max(g.abs().max() for g in b.values())
+    assert scale > 0 and a.keys() == b.keys()
+    for name in b:
+        assert (a[name] - b[name]).abs().max() <= rtol * scale, name

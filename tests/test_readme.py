@@ -8,10 +8,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, make_tiny
 from PIL import Image
-from test_hints import GOOD, chat_reply, serve  # noqa: F401
+from test_build_hints import GOOD, chat_reply, serve  # noqa: F401
 
-import hints
 import train
+from plumbing.build_hints import main as build_hints
+from plumbing.hint_file import load_hints
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.S | re.M) if not kind]
@@ -55,10 +56,11 @@ def test_command(command, place, serve, capsys):  # noqa: F811
         compile(source, script, "exec")
         assert all(f'add_argument("{word}"' in source for word in args if word.startswith("--"))
         return
-    if script == "hints.py":
+    if words[:3] == ["python", "-m", "plumbing.build_hints"]:
+        args = words[3:]
         (place / "hints.jsonl").unlink()
         args[args.index("--api-base") + 1] = serve(lambda question, before: chat_reply(GOOD)).url
-        assert hints.main(args) == 0 and len(hints.load_hints(place / "hints.jsonl")) == 4
+        assert build_hints(args) == 0 and len(load_hints(place / "hints.jsonl")) == 4
         return
     assert script == "train.py", command
     if "runs/NAME" in args:

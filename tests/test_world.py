@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import hints
-from rollout import encode_prompts, plain_messages, sample_groups, verify
+from plumbing.answers import verify
+from rollout import encode_prompts, plain_messages, sample_groups
 from toy import world
 
 

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml                 # accelerate needs it
+import yaml  # accelerate needs it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import accelerate  # noqa: E402
 from accelerate import Accelerator, FullyShardedDataParallelPlugin  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 
 import train  # noqa: E402
 from hints import hinted_messages  # noqa: E402
+from plumbing.images import load_processor  # noqa: E402
 from ptdpo import PTDPOConfig  # noqa: E402
 from rollout import Rollout, encode_prompts, plain_messages  # noqa: E402
 from toy import world  # noqa: E402
@@ -27,7 +30,7 @@ def sharding_accelerator(*args, **settings) -> Accelerator:
     """On a CPU accelerate would fall back from FSDP to DDP. Shards in one process too."""
     accelerator = Accelerator(*args, **{"cpu": True, **settings})
     for state in (accelerator.state, accelerate.PartialState()):        # each new AcceleratorState copies the second one over the first
-        state.distributed_type = train.DistributedType.FSDP
+        state.distributed_type = DistributedType.FSDP
     config = yaml.safe_load((Path(train.__file__).parent / "fsdp.yaml").read_text())["fsdp_config"]
     names = ("auto_wrap_policy", "reshard_after_forward", "state_dict_type", "cpu_ram_efficient_loading")
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=config["fsdp_version"], **{name: config[f"fsdp_{name}"] for name in names})
@@ -38,7 +41,7 @@ def make_trainer(fsdp: bool = False, **settings):
     torch.set_num_threads(1)
     cfg = train.TrainConfig(**{"micro_tokens": 200, **settings})
     accelerator = (sharding_accelerator if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else Accelerator)(cpu=True)
-    return train.Trainer(cfg, PTDPOConfig(lam=2.0, beta_kl=0.1, k=7), accelerator, train.load_processor(cfg.model), *train.build(cfg, accelerator))
+    return train.Trainer(cfg, PTDPOConfig(lam=2.0, beta_kl=0.1, k=7), accelerator, load_processor(cfg.model), *train.build(cfg, accelerator))
 
 
 def make_work(trainer, case: str, questions) -> list:
@@ -81,7 +84,7 @@ def sharded_run(trainer, out: str) -> None:
     accelerator.load_state(f"{out}-checkpoint")
     again = accelerator.get_state_dict(trainer.student)
     if accelerator.is_main_process:
-        sharded = [sum(isinstance(m, train.FSDPModule) for m in scorer.modules()) for scorer in (trainer.student, trainer.reference)] if world_size > 1 else []
+        sharded = [sum(isinstance(m, FSDPModule) for m in scorer.modules()) for scorer in (trainer.student, trainer.reference)] if world_size > 1 else []
         torch.save({"parts": parts, "weights": weights, "responses": sorted(texts), "processes": world_size, "sharded": sharded,
                     "evaluation": {k: sorted(v) if k == "right" else v for k, v in evaluation.items()},
                     "loaded": all(torch.equal(again[name], weights[name]) for name in weights)}, out)

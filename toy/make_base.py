@@ -34,7 +34,9 @@ from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hints import hinted_messages, teacher_messages
-from rollout import ImageTextProcessor, Sample, encode_prompts, pad_prompts, plain_messages, sample_groups, verify
+from plumbing.answers import verify
+from plumbing.images import ImageTextProcessor
+from rollout import Sample, encode_prompts, pad_prompts, plain_messages, sample_groups
 from toy import world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
