@@ -6,6 +6,7 @@
 Each finished run adds one line to bench/results/default.jsonl; runs that are there already are not repeated. Remove the file to
 measure anew.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,30 +29,62 @@ ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
 
 def measure(arm: str, seed: int, jobs: int) -> dict:
     """One whole `python train.py`, timed from outside, in a folder of its own, on its share of the cores."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--name", "run", *ARMS[arm]], cwd=folder, env=env,
-                       check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--seed",
+                str(seed),
+                "--name",
+                "run",
+                *ARMS[arm],
+            ],
+            cwd=folder,
+            env=env,
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         seconds = time.time() - start
         rows = [json.loads(line) for line in open(Path(folder) / "runs" / "run" / "metrics.jsonl")]
     steps = rows[1:]
-    return {"arm": arm, "seed": seed, "machine": machine("transformers", "accelerate"), "steps": len(steps), "minutes": round(seconds / 60, 2), "jobs": jobs,
-            "plain": {str(r["step"]): r["eval_plain"] for r in rows if "eval_plain" in r}, "hinted": [rows[0]["eval_hinted"], rows[-1]["eval_hinted"]],
-            "entropy": [steps[0]["entropy"], steps[-1]["entropy"]], "entropies": [round(r["entropy"], 4) for r in steps],
-            "length": [steps[0]["length"], steps[-1]["length"]], "skipped": steps[-1]["skipped_steps"]}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "machine": machine("transformers", "accelerate"),
+        "steps": len(steps),
+        "minutes": round(seconds / 60, 2),
+        "jobs": jobs,
+        "plain": {str(r["step"]): r["eval_plain"] for r in rows if "eval_plain" in r},
+        "hinted": [rows[0]["eval_hinted"], rows[-1]["eval_hinted"]],
+        "entropy": [steps[0]["entropy"], steps[-1]["entropy"]],
+        "entropies": [round(r["entropy"], 4) for r in steps],
+        "length": [steps[0]["length"], steps[-1]["length"]],
+        "skipped": steps[-1]["skipped_steps"],
+    }
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, one line a run."""
-    lines = [f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, greedy; "
-             f"{rows[0]['jobs']} runs at a time.", "",
-             "| arm | seed | accuracy before, % | after, % | with hint after, % | entropy first -> last step | minutes |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, greedy; "
+        f"{rows[0]['jobs']} runs at a time.",
+        "",
+        "| arm | seed | accuracy before, % | after, % | with hint after, % | entropy first -> last step | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in sorted(rows, key=lambda r: (list(ARMS).index(r["arm"]), r["seed"])):
         plain = list(r["plain"].values())
-        lines.append(f"| {r['arm']} | {r['seed']} | {100 * plain[0]:.1f} | {100 * plain[-1]:.1f} | {100 * r['hinted'][1]:.1f} | "
-                     f"{r['entropy'][0]:.2f} -> {r['entropy'][1]:.2f} | {r['minutes']:.1f} |")
+        lines.append(
+            f"| {r['arm']} | {r['seed']} | {100 * plain[0]:.1f} | {100 * plain[-1]:.1f} | {100 * r['hinted'][1]:.1f} | "
+            f"{r['entropy'][0]:.2f} -> {r['entropy'][1]:.2f} | {r['minutes']:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -63,13 +96,26 @@ def draw(rows: list[dict], path: Path) -> None:
         sys.exit("--figure needs matplotlib: python -m pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for arm, colour in zip(ARMS, ("#1f6fb4", "#c4552d")):
         for n, r in enumerate(r for r in rows if r["arm"] == arm):
             steps, values = zip(*((int(s), 100 * v) for s, v in r["plain"].items()))
-            axes.plot(steps, values, color=colour, marker="o", markersize=3.5, alpha=0.85, label=arm if n == 0 else None)
-    axes.set(xlabel="optimizer step", ylabel="held-out accuracy, %", ylim=(0, 100),
-             title="Plain questions, no hint: the tutored student learns where to look")
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                marker="o",
+                markersize=3.5,
+                alpha=0.85,
+                label=arm if n == 0 else None,
+            )
+    axes.set(
+        xlabel="optimizer step",
+        ylabel="held-out accuracy, %",
+        ylim=(0, 100),
+        title="Plain questions, no hint: the tutored student learns where to look",
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, loc="upper left")
@@ -78,19 +124,30 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="draw the measured runs into this PNG and stop")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
     if args.figure:
         draw(rows, args.figure)
         return
     RESULTS.parent.mkdir(exist_ok=True)
-    missing = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if not any((r["arm"], r["seed"]) == (arm, seed) for r in rows)]
+    missing = [
+        (arm, seed)
+        for seed in range(args.seeds)
+        for arm in ARMS
+        if not any((r["arm"], r["seed"]) == (arm, seed) for r in rows)
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in as_completed([pool.submit(measure, arm, seed, args.jobs) for arm, seed in missing]):
+        for done in as_completed(
+            [pool.submit(measure, arm, seed, args.jobs) for arm, seed in missing]
+        ):
             rows.append(done.result())
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

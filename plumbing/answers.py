@@ -1,11 +1,13 @@
 """Find and compare final answers."""
+
 from __future__ import annotations
 
 import math
 import re
 from fractions import Fraction
 
-LONGEST = 400       # characters of an answer that are read; what is longer is no answer. Keeps every pattern below cheap
+LONGEST = 400  # characters of an answer that are read; what is longer is no answer. Keeps every pattern below cheap
+
 
 def extract_answer(text: str) -> str | None:
     """The final answer of a response: its last \\boxed{...} (braces may nest), else the last <answer>...</answer>, else what follows
@@ -13,12 +15,12 @@ def extract_answer(text: str) -> str | None:
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     start = text.rfind("\\boxed")
     if start >= 0:
-        return _braced(text[start + len("\\boxed"):][:LONGEST].lstrip())
+        return _braced(text[start + len("\\boxed") :][:LONGEST].lstrip())
     before, tag, rest = text.rpartition("<answer>")
     if tag:
         inside, closed, _ = rest[:LONGEST].partition("</answer>")
         return inside.strip() or None if closed else None
-    for line in reversed(text[-10 * LONGEST:].splitlines()):
+    for line in reversed(text[-10 * LONGEST :].splitlines()):
         found = re.search(r"\banswer\s*(?:is\b|:)\s*:?(.*)", line.replace("*", ""), re.I)
         if found:
             return found[1].strip() or None
@@ -30,26 +32,68 @@ def _braced(text: str) -> str | None:
     depth, skip = 0, False
     for i, c in enumerate(text):
         if skip or c == "\\":
-            skip = not skip             # \{ and \} are set braces, not grouping
+            skip = not skip  # \{ and \} are set braces, not grouping
             continue
         depth += {"{": 1, "}": -1}.get(c, 0)
         if depth == 0:
             return text[1:i].strip() or None if i else None
-    return None                         # never closed: cut off in the middle of its answer
+    return None  # never closed: cut off in the middle of its answer
 
 
-_PLAIN = {"−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty",
-          "∪": "\\cup ", "∩": "\\cap ", "≤": "\\le ", "≥": "\\ge ", "°": " degrees ", "²": "^{2}", "³": "^{3}", "½": " 1/2", "⅓": " 1/3",
-          "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8", "\u00a0": " ", "’": "'", "‘": "'", "“": '"', "”": '"'}
+_PLAIN = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "×": "*",
+    "·": "*",
+    "⋅": "*",
+    "÷": "/",
+    "⁄": "/",
+    "π": "\\pi ",
+    "√": "\\sqrt ",
+    "∞": "\\infty",
+    "∪": "\\cup ",
+    "∩": "\\cap ",
+    "≤": "\\le ",
+    "≥": "\\ge ",
+    "°": " degrees ",
+    "²": "^{2}",
+    "³": "^{3}",
+    "½": " 1/2",
+    "⅓": " 1/3",
+    "⅔": " 2/3",
+    "¼": " 1/4",
+    "¾": " 3/4",
+    "⅕": " 1/5",
+    "⅛": " 1/8",
+    "\u00a0": " ",
+    "’": "'",
+    "‘": "'",
+    "“": '"',
+    "”": '"',
+}
 
-_LATEX = [(r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),                                               # 1\,200
-          (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\[,;!: ]|\\q?quad|~", " "),
-          (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\{,\}", ","), (r"\\%", "%"),
-          (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees"), (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"),
-          (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-          (r"^\s*(?:\$\$|\\\(|\\\[)|(?:\$\$|\\\)|\\\])\s*$", " "), (r"^\s*\$([^$]*)\$\s*$", r"\1"), (r"\\\$", "$")]
+_LATEX = [
+    (r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),  # 1\,200
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\[,;!: ]|\\q?quad|~", " "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:times|cdot)(?![a-z])", "*"),
+    (r"\\div(?![a-z])", "/"),
+    (r"\{,\}", ","),
+    (r"\\%", "%"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees"),
+    (r"\\\{|\\lbrace", "⟨"),
+    (r"\\\}|\\rbrace", "⟩"),
+    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"^\s*(?:\$\$|\\\(|\\\[)|(?:\$\$|\\\)|\\\])\s*$", " "),
+    (r"^\s*\$([^$]*)\$\s*$", r"\1"),
+    (r"\\\$", "$"),
+]
 
-_TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?|\\[a-zA-Z]+|sqrt|pi|\S")
+_TOKEN = re.compile(
+    r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?|\\[a-zA-Z]+|sqrt|pi|\S"
+)
+
 
 def plain_latex(text: str) -> str:
     """One spelling: LaTeX's spacing, text and mathematics commands gone, Unicode signs as LaTeX, blanks single."""
@@ -72,7 +116,12 @@ def to_number(text: str) -> Fraction | float | None:
         tokens = _TOKEN.findall(_tidy(text[:LONGEST]))
         value, rest = _sum(tokens[:100] + [""])
         return value if rest == [""] and len(tokens) <= 100 and abs(value) < 1e300 else None
-    except (ValueError, ArithmeticError, IndexError, RecursionError):       # not a number, or one out of all bounds
+    except (
+        ValueError,
+        ArithmeticError,
+        IndexError,
+        RecursionError,
+    ):  # not a number, or one out of all bounds
         return None
 
 
@@ -96,7 +145,7 @@ def _product(tokens):
             other, rest = _power(tokens[2:] if tokens[1] == "-" else tokens[1:])
             other = -other if tokens[1] == "-" else other
             value, tokens = (value * other if tokens[0] == "*" else value / other), rest
-        else:                           # 2\pi
+        else:  # 2\pi
             other, tokens = _power(tokens)
             value *= other
     return value, tokens
@@ -104,7 +153,7 @@ def _product(tokens):
 
 def _power(tokens):
     value, rest = _atom(tokens)
-    if tokens[0].isdigit():             # mixed numbers: 1 1/2, 1\frac{1}{2}
+    if tokens[0].isdigit():  # mixed numbers: 1 1/2, 1\frac{1}{2}
         if rest[0] == "\\frac":
             part, rest = _atom(rest)
             value += part
@@ -132,7 +181,7 @@ def _atom(tokens):
             raise ValueError("not closed")
         return value, rest[1:]
     if head == "\\frac":
-        if rest[0].isdigit() and len(rest[0]) > 1:                  # \frac12
+        if rest[0].isdigit() and len(rest[0]) > 1:  # \frac12
             rest = [rest[0][0], rest[0][1:], *rest[1:]]
         top, rest = _atom(rest)
         bottom, rest = _atom(rest)
@@ -146,7 +195,9 @@ def _atom(tokens):
             raise ValueError("not real")
         roots = [round(float(x) ** (1 / degree)) for x in Fraction(value).as_integer_ratio()]
         exact = Fraction(*roots) if roots[1] else None
-        return (exact if exact is not None and exact**degree == value else float(value) ** (1 / degree)), rest
+        return (
+            exact if exact is not None and exact**degree == value else float(value) ** (1 / degree)
+        ), rest
     if head in ("\\pi", "pi"):
         return math.pi, rest
     if not head[:1].isdigit() and head[:1] != ".":
@@ -165,22 +216,37 @@ _UNITS = """cm centimeter centimeters centimetre centimetres; mm millimeter mill
     V volt volts; A ampere amperes amps; Hz hertz; Pa pascal pascals; K kelvin; mol moles"""
 
 
-_UNIT_OF = {name.replace("_", " "): names.split()[0] for names in _UNITS.split(";") for name in names.split()}
+_UNIT_OF = {
+    name.replace("_", " "): names.split()[0]
+    for names in _UNITS.split(";")
+    for name in names.split()
+}
 
 _NAMES = "|".join(re.escape(name) for name in sorted(_UNIT_OF, key=len, reverse=True))
 
-_UNIT = re.compile(rf"(?P<gap>^|(?<=[\d}})%])| )(?P<power>square |sq |cubic )?(?P<unit>{_NAMES})"
-                   rf"(?: ?\^ ?\{{?(?P<exponent>[23])\}}?)?(?: ?(?:/|per) ?(?P<per>{_NAMES}))?$")
+_UNIT = re.compile(
+    rf"(?P<gap>^|(?<=[\d}})%])| )(?P<power>square |sq |cubic )?(?P<unit>{_NAMES})"
+    rf"(?: ?\^ ?\{{?(?P<exponent>[23])\}}?)?(?: ?(?:/|per) ?(?P<per>{_NAMES}))?$"
+)
+
 
 def split_unit(text: str) -> tuple[str, tuple | None]:
-    """"5 cm^2" -> "5", ("cm", "2", None); "$5" -> "5", ("$", None, None); without a unit the text and None."""
+    """ "5 cm^2" -> "5", ("cm", "2", None); "$5" -> "5", ("$", None, None); without a unit the text and None."""
     if text[:1] in ("$", "€", "£"):
         return text[1:].strip(), (text[0], None, None)
     found = _UNIT.search(text)
-    if not found or not found.start() or (len(found["unit"]) == 1 and found["unit"].isalpha() and not found["gap"]):      # 2m may be 2 * m
+    if (
+        not found
+        or not found.start()
+        or (len(found["unit"]) == 1 and found["unit"].isalpha() and not found["gap"])
+    ):  # 2m may be 2 * m
         return text, None
     power = {"square ": "2", "sq ": "2", "cubic ": "3"}.get(found["power"], found["exponent"])
-    return text[:found.start()].strip(), (_UNIT_OF[found["unit"]], power, _UNIT_OF.get(found["per"]))
+    return text[: found.start()].strip(), (
+        _UNIT_OF[found["unit"]],
+        power,
+        _UNIT_OF.get(found["per"]),
+    )
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:
@@ -188,12 +254,15 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     bare = re.sub(r",? (?:and|or) ", ", ", text)
     kind = ""
     if text[:1] in ("(", "[", "⟨", "{") and text[-1:] in (")", "]", "⟩", "}"):
-        kind, bare = {"⟨": "{"}.get(text[0], text[0]) + {"⟩": "}"}.get(text[-1], text[-1]), text[1:-1]
+        kind, bare = (
+            {"⟨": "{"}.get(text[0], text[0]) + {"⟩": "}"}.get(text[-1], text[-1]),
+            text[1:-1],
+        )
     depth, start, parts = 0, 0, []
     for i, c in enumerate(bare):
         depth += (c in "([{⟨") - (c in ")]}⟩")
         if depth < 0:
-            return None                 # (1, 2) \cup (3, 4) has no outer pair
+            return None  # (1, 2) \cup (3, 4) has no outer pair
         if c == "," and depth == 0:
             parts.append(bare[start:i].strip())
             start = i + 1
@@ -202,10 +271,14 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
 
 _YES = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
-_LETTER = re.compile(r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)?:? ?(?:is )?)[(\[]?([A-Za-z])[)\]]?(?:[.:)] ?(.*))?$", re.S)
+_LETTER = re.compile(
+    r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)?:? ?(?:is )?)[(\[]?([A-Za-z])[)\]]?(?:[.:)] ?(.*))?$",
+    re.S,
+)
+
 
 def _letter(text: str) -> tuple[str, str] | None:
-    """"(B)", "B.", "option b", "B: 12 cm" -> the letter and what follows it; None for anything else, several options included."""
+    """ "(B)", "B.", "option b", "B: 12 cm" -> the letter and what follows it; None for anything else, several options included."""
     found = _LETTER.match(text)
     if not found or re.search(r"(?:^|[\s,;(])[A-Z][).:]", found[2] or ""):
         return None
@@ -215,7 +288,9 @@ def _letter(text: str) -> tuple[str, str] | None:
 def _words(text: str) -> str:
     if re.search(r"\d|\\", text):
         return re.sub(r"\{(\w)\}", r"\1", text.replace(" ", "")).casefold()
-    return " ".join(w for w in re.sub(r"[\W_]+", " ", text.casefold()).split() if w not in ("a", "an", "the"))
+    return " ".join(
+        w for w in re.sub(r"[\W_]+", " ", text.casefold()).split() if w not in ("a", "an", "the")
+    )
 
 
 def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bool:
@@ -267,7 +342,7 @@ def _same(a: str, b: str, depth: int) -> bool:
         if kind not in ("", "{}"):
             return all(_same(i, g, depth - 1) for i, g in zip(items, golds))
         left = list(golds)
-        for item in items:              # unordered: each gold element is used once
+        for item in items:  # unordered: each gold element is used once
             match = next((g for g in left if _same(item, g, depth - 1)), None)
             if match is None:
                 return False
@@ -284,7 +359,7 @@ def verify(response: str, answer: str, choices: list[str] | None = None) -> bool
 
 
 def load_verifier(name: str):
-    """"rules": `verify`. "math": where the rules say no to a formula that they cannot read, math-verify decides.
+    """ "rules": `verify`. "math": where the rules say no to a formula that they cannot read, math-verify decides.
 
     Not to anything else: of the labelled answers in tests/, math-verify by itself passes 12 wrong ones (50% for 50, 5 m for 5 cm, a set for a
     tuple) and fails 55 right ones. Raises ValueError where it is not installed."""
@@ -293,7 +368,9 @@ def load_verifier(name: str):
     try:
         import math_verify
     except ImportError:
-        raise ValueError("--verifier math needs math-verify: python -m pip install 'math-verify[antlr4_13_2]'") from None
+        raise ValueError(
+            "--verifier math needs math-verify: python -m pip install 'math-verify[antlr4_13_2]'"
+        ) from None
 
     def check(response: str, answer: str, choices: list[str] | None = None) -> bool:
         given = extract_answer(response)
@@ -301,7 +378,12 @@ def load_verifier(name: str):
             return verify(response, answer, choices)
         gold = _tidy(extract_answer(answer) or answer)
         parts = _parts(gold)
-        if all(to_number(split_unit(part)[0]) is not None for part in (parts[1] if parts else [gold])) or not re.search(r"[\\\d=+*/^<>]", gold):
-            return False                # numbers and words: the rules read them, and their no is a no
-        return bool(math_verify.verify(math_verify.parse(f"${answer}$"), math_verify.parse(f"${given}$")))
+        if all(
+            to_number(split_unit(part)[0]) is not None for part in (parts[1] if parts else [gold])
+        ) or not re.search(r"[\\\d=+*/^<>]", gold):
+            return False  # numbers and words: the rules read them, and their no is a no
+        return bool(
+            math_verify.verify(math_verify.parse(f"${answer}$"), math_verify.parse(f"${given}$"))
+        )
+
     return check

@@ -1,4 +1,5 @@
 """Ways to decode a group."""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 
 
-def draw(logits: Tensor, uniform: Tensor | None, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor,
+    uniform: Tensor | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Next tokens (R,) and their log-probs (R,) at `temperature`, before truncation. logits (R, V) float32; None for uniform is greedy.
 
     uniform (R,) float64 in [0, 1): the token is where the cumulative probability passes it, so that a draw depends on its own row
@@ -24,8 +31,12 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float = 1.0, top_p
             if top_k:
                 outside[:, top_k:] = True
             kept = kept.masked_fill(outside, 0)
-        mass = kept.cumsum(-1, dtype=torch.float64)     # float32 sums over 150,000 tokens would move the borders
-        token = torch.searchsorted(mass, uniform.clamp(max=1 - 1e-9).unsqueeze(-1) * mass[:, -1:], right=True)
+        mass = kept.cumsum(
+            -1, dtype=torch.float64
+        )  # float32 sums over 150,000 tokens would move the borders
+        token = torch.searchsorted(
+            mass, uniform.clamp(max=1 - 1e-9).unsqueeze(-1) * mass[:, -1:], right=True
+        )
         token = token if order is None else order.gather(-1, token)
     return token.squeeze(-1), p.gather(-1, token).log().squeeze(-1)
 
@@ -35,5 +46,7 @@ def uniforms(keys: list[str], length: int) -> Tensor:
     rows = []
     for key in keys:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
-        rows.append(torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        rows.append(
+            torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        )
     return torch.stack(rows)

@@ -1,4 +1,5 @@
 """The resumable hints file."""
+
 from __future__ import annotations
 
 import io
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from hints import Hint, NoReply
 from plumbing.data import check_boxes
-from rollout import Sample
+from rollout import Question
 
 
 def load_hints(path: str | Path) -> dict[str, dict]:
@@ -27,13 +28,16 @@ def load_hints(path: str | Path) -> dict[str, dict]:
                 raise ValueError("expected an object with id and hint")
             if str(record["id"]) in records:
                 raise ValueError(f"id {record['id']!r} stands here twice")
-            records[str(record["id"])] = {**record, "hint": Hint.from_json(record["hint"]) if record["hint"] else None}
+            records[str(record["id"])] = {
+                **record,
+                "hint": Hint.from_json(record["hint"]) if record["hint"] else None,
+            }
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return records
 
 
-def join_hints(samples: list[Sample], path: str | Path) -> int:
+def join_hints(samples: list[Question], path: str | Path) -> int:
     """Give the samples the hints of a file, by id: -> how many of the file's lines belong to none of them.
 
     Raises ValueError where a line was written for another question of the same id.
@@ -41,8 +45,10 @@ def join_hints(samples: list[Sample], path: str | Path) -> int:
     records = load_hints(path)
     for sample in samples:
         record = records.pop(sample.id, None)
-        if record and record.get("question", sample.question) != sample.question:
-            raise ValueError(f"{path}: the hint of id {sample.id!r} was written for another question: {record['question'][:60]!r}")
+        if record and record.get("question", sample.text) != sample.text:
+            raise ValueError(
+                f"{path}: the hint of id {sample.id!r} was written for another question: {record['question'][:60]!r}"
+            )
         if record:
             sample.hint = record["hint"]
             try:
@@ -65,7 +71,7 @@ def open_results(path: Path) -> tuple[io.RawIOBase, dict[str, dict]]:
     return file, load_hints(path)
 
 
-def write_hints(samples: list[Sample], work, file, parallel: int) -> str:
+def write_hints(samples: list[Question], work, file, parallel: int) -> str:
     """Run work(sample) -> record for all samples, `parallel` at a time, and write each record as it comes. -> "", or why it stopped early.
 
     What raises NoReply is not written, so that the next run asks again; 2 * parallel of these in a row, or a ValueError, end the run.
@@ -82,7 +88,7 @@ def write_hints(samples: list[Sample], work, file, parallel: int) -> str:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     sample = running.pop(future)
                     try:
-                        record = {"id": sample.id, "question": sample.question, **future.result()}
+                        record = {"id": sample.id, "question": sample.text, **future.result()}
                     except NoReply as error:
                         silent += 1
                         if silent >= 2 * parallel:
@@ -91,7 +97,11 @@ def write_hints(samples: list[Sample], work, file, parallel: int) -> str:
                         stop = str(error)
                     else:
                         file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-                        silent, accepted, finished = 0, accepted + (record["hint"] is not None), finished + 1
+                        silent, accepted, finished = (
+                            0,
+                            accepted + (record["hint"] is not None),
+                            finished + 1,
+                        )
                     bar.update()
                     bar.set_postfix_str(f"accepted {accepted}/{finished}")
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
 """An image from file to features: opened, processed without torchvision, run through a frozen tower once."""
+
 from __future__ import annotations
 
 import io
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @dataclass
 class StoredImage:
     """An image in a `datasets` table, decoded when it is used: a large table does not fit into memory. size: width, height."""
+
     table: object
     row: int
     column: str
@@ -33,7 +35,11 @@ class StoredImage:
 
 def _picture(value) -> Image.Image:
     """A table's image: decoded already, or as stored, {"bytes", "path"}."""
-    return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) if isinstance(value, dict) else value
+    return (
+        Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
@@ -59,9 +65,14 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
-        raise ValueError(f"{path}: its tokenizer has no chat template, which ptdpo needs to build prompts")
+        raise ValueError(
+            f"{path}: its tokenizer has no chat template, which ptdpo needs to build prompts"
+        )
     images = Qwen2VLImageProcessorPil.from_pretrained(path)
-    images.size = {"shortest_edge": min_pixels or images.size["shortest_edge"], "longest_edge": max_pixels or images.size["longest_edge"]}
+    images.size = {
+        "shortest_edge": min_pixels or images.size["shortest_edge"],
+        "longest_edge": max_pixels or images.size["longest_edge"],
+    }
     return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -77,10 +88,13 @@ def take_features(model) -> None:
     run, width = tower.forward, model.config.text_config.hidden_size
 
     def forward(pixels, grid_thw, **how):
-        if len(pixels) == grid_thw.prod(-1).sum():              # patches; of features there is one where there are four of these
+        if (
+            len(pixels) == grid_thw.prod(-1).sum()
+        ):  # patches; of features there is one where there are four of these
             return run(pixels, grid_thw, **how)
-        first, *deeper = pixels.split(width, -1)                # Qwen3-VL has more than one feature a token
+        first, *deeper = pixels.split(width, -1)  # Qwen3-VL has more than one feature a token
         return SimpleNamespace(pooler_output=first, deepstack_features=deeper)
+
     tower.forward = forward
 
 
@@ -90,5 +104,9 @@ def encode_images(model, prompts: list[Prompt]) -> None:
     the CPU. The model, and any other with the same frozen tower, must `take_features`."""
     for prompt in prompts:
         if prompt.pixels is not None and len(prompt.pixels) == prompt.grid.prod(-1).sum():
-            out = model.model.visual(prompt.pixels.to(model.device, model.dtype), grid_thw=prompt.grid.to(model.device))
-            prompt.pixels = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], -1).cpu()
+            out = model.model.visual(
+                prompt.pixels.to(model.device, model.dtype), grid_thw=prompt.grid.to(model.device)
+            )
+            prompt.pixels = torch.cat(
+                [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], -1
+            ).cpu()

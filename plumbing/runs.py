@@ -1,4 +1,5 @@
 """runs/NAME/: logs, summary, checkpoints, resume."""
+
 from __future__ import annotations
 
 import json
@@ -15,12 +16,12 @@ from accelerate import Accelerator
 from plumbing.memory import plan
 
 if TYPE_CHECKING:
-    from plumbing.data import Questions
+    from plumbing.data import QuestionStream
     from train import TrainConfig, Trainer, Work
 
 
 class RunFolder:
-    """runs/NAME/: config.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, model/. Only the main process writes.
+    """runs/NAME/: config.json, metrics.jsonl (one line a step), responses.jsonl, checkpoints/, model/. Only the main process writes.
 
     step: the one a resumed run goes on from; what was logged after it is cut off, as it will be done again.
     """
@@ -30,10 +31,23 @@ class RunFolder:
         if active and step is None:
             path.mkdir(parents=True)
         if active:
-            write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
-        for log in (path / "metrics.jsonl", path / "samples.jsonl") if active and step is not None else ():
+            write_beside(
+                path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n"
+            )
+        for log in (
+            (path / "metrics.jsonl", path / "responses.jsonl")
+            if active and step is not None
+            else ()
+        ):
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_beside(log, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            write_beside(
+                log,
+                "".join(
+                    line
+                    for line in lines
+                    if line.endswith("\n") and json.loads(line)["step"] <= step
+                ),
+            )
 
     def append(self, name: str, row: dict) -> None:
         if self.active:
@@ -43,11 +57,17 @@ class RunFolder:
     def save_model(self, trainer: Trainer) -> None:
         """The student's weights, or its LoRA adapters alone. Written beside and renamed: model/ is there whole or not at all."""
         trainer.accelerator.wait_for_everyone()
-        weights = None if trainer.cfg.lora else trainer.accelerator.get_state_dict(trainer.student)
+        weights = (
+            None if trainer.config.lora else trainer.accelerator.get_state_dict(trainer.student)
+        )
         if self.active:
             part = self.path / "model.part"
             shutil.rmtree(part, ignore_errors=True)
-            trainer.policy.save_pretrained(part, state_dict=weights and {name.removeprefix("model."): value for name, value in weights.items()})
+            trainer.policy.save_pretrained(
+                part,
+                state_dict=weights
+                and {name.removeprefix("model."): value for name, value in weights.items()},
+            )
             trainer.processor.save_pretrained(part)
             shutil.rmtree(self.path / "model", ignore_errors=True)
             os.rename(part, self.path / "model")
@@ -84,57 +104,104 @@ class Checkpoints:
             accelerator.save_state(str(part))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
+                sizes = {
+                    str(p.relative_to(part)): p.stat().st_size
+                    for p in sorted(part.rglob("*"))
+                    if p.is_file()
+                }
                 (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
                 os.rename(part, target)
-                for old in self.found()[:-self.keep]:
+                for old in self.found()[: -self.keep]:
                     shutil.rmtree(old)
-        except (OSError, RuntimeError) as error:            # torch.save tells of a full disk by a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch.save tells of a full disk by a RuntimeError
             shutil.rmtree(part, ignore_errors=True)
             last = self.found()
-            sys.exit(f"cannot write the checkpoint {target}: {error}\n" + (f"the last good one is {last[-1]}" if last else "there is none before it"))
+            sys.exit(
+                f"cannot write the checkpoint {target}: {error}\n"
+                + (f"the last good one is {last[-1]}" if last else "there is none before it")
+            )
 
-    def newest(self, questions: Questions, cfg: TrainConfig) -> tuple[Path, dict]:
+    def newest(self, questions: QuestionStream, config: TrainConfig) -> tuple[Path, dict]:
         """The newest checkpoint and its state. Raises ValueError where there is none, where it is not whole, and where the run cannot go on from it."""
         if not self.found():
             raise ValueError(f"--resume: no checkpoint in {self.folder}")
         path = self.found()[-1]
         try:
             state = json.loads((path / "state.json").read_text())
-            short = [name for name, size in state["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+            short = [
+                name
+                for name, size in state["files"].items()
+                if not (path / name).is_file() or (path / name).stat().st_size != size
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})"
+            ) from None
         if short:
-            raise ValueError(f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before")
+            raise ValueError(
+                f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before"
+            )
         if state["data"] != questions.fingerprint():
-            raise ValueError(f"--resume: the questions in {cfg.data} are not those that {path} was trained on")
-        if state["step"] >= cfg.steps:
-            raise ValueError(f"--resume: {path} has done all {cfg.steps} steps; give a larger --steps to go on")
+            raise ValueError(
+                f"--resume: the questions in {config.data} are not those that {path} was trained on"
+            )
+        if state["step"] >= config.steps:
+            raise ValueError(
+                f"--resume: {path} has done all {config.steps} steps; give a larger --steps to go on"
+            )
         return path, state
 
 
 def sample_row(step: int, group: list[Work]) -> dict:
-    """One question of a step for samples.jsonl."""
+    """One question of a step for responses.jsonl."""
     sample = group[0].rollout.sample
-    return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
-            "hint": sample.hint and asdict(sample.hint),
-            "responses": [{"text": w.rollout.text, "correct": w.rollout.correct, "reward": round(w.rollout.reward, 4),
-                           "tutored": w.tutored, "truncated": w.rollout.truncated} for w in group]}
+    return {
+        "step": step,
+        "id": sample.id,
+        "question": sample.text,
+        "answer": sample.answer,
+        "hint": sample.hint and asdict(sample.hint),
+        "responses": [
+            {
+                "text": w.rollout.text,
+                "correct": w.rollout.correct,
+                "reward": round(w.rollout.reward, 4),
+                "tutored": w.tutored,
+                "truncated": w.rollout.truncated,
+            }
+            for w in group
+        ],
+    }
 
 
 def report(table: dict, folder: RunFolder, trainer: Trainer) -> None:
     """The table that a run ends with, and on a GPU the memory it took."""
     before, after = table["before"], table["after"]
     print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
-    for label, key, scale, unit in (("accuracy, plain prompt", "plain", 100, "%"), ("accuracy, with the hint", "hinted", 100, "%"),
-                                    ("entropy, nats a token", "entropy", 1, ""), ("response length, tokens", "length", 1, "")):
+    for label, key, scale, unit in (
+        ("accuracy, plain prompt", "plain", 100, "%"),
+        ("accuracy, with the hint", "hinted", 100, "%"),
+        ("entropy, nats a token", "entropy", 1, ""),
+        ("response length, tokens", "length", 1, ""),
+    ):
         digits = 2 if key == "entropy" else 1
-        print(f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}")
-    print(f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
-          f"{table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps skipped for a non-finite gradient)")
-    print(f"\nwritten to {folder.path}/: config.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Load the model with\n"
-          f"  AutoModelForImageTextToText.from_pretrained(\"{folder.path}/model\")   # the processor: rollout.load_processor")
+        print(
+            f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}"
+        )
+    print(
+        f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
+        f"{table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps skipped for a non-finite gradient)"
+    )
+    print(
+        f"\nwritten to {folder.path}/: config.json, metrics.jsonl, responses.jsonl, checkpoints/, model/. Load the model with\n"
+        f'  AutoModelForImageTextToText.from_pretrained("{folder.path}/model")   # the processor: rollout.load_processor'
+    )
     if torch.cuda.is_available():
         gpus = trainer.accelerator.num_processes if trainer.sharded else 1
-        print(f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
-              f"{plan(trainer.cfg, trainer.method, gpus, trainer.accelerator.mixed_precision == 'bf16')['peak']:.1f}")
+        print(
+            f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
+            f"{plan(trainer.config, trainer.method, gpus, trainer.accelerator.mixed_precision == 'bf16')['peak']:.1f}"
+        )

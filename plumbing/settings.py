@@ -1,4 +1,5 @@
 """Dataclass fields become command-line options."""
+
 from __future__ import annotations
 
 from dataclasses import field

@@ -1,4 +1,5 @@
 """losses.py against an independent float64 reference in probability space, and at the places where such losses break."""
+
 import math
 import shutil
 import subprocess
@@ -11,10 +12,10 @@ import torch
 from losses import (
     entropy,
     full_jsd,
-    head_scores,
     k3_kl,
     masked_mean,
     policy_loss,
+    scores_from_hidden,
     token_log_probs,
     topk_jsd,
 )
@@ -31,7 +32,9 @@ def np_jsd(p, q):
     total = 0.0
     for a, b in zip(p, q):
         m = (a + b) / 2
-        total += (0.5 * a * math.log(a / m) if a > 0 else 0.0) + (0.5 * b * math.log(b / m) if b > 0 else 0.0)
+        total += (0.5 * a * math.log(a / m) if a > 0 else 0.0) + (
+            0.5 * b * math.log(b / m) if b > 0 else 0.0
+        )
     return total
 
 
@@ -44,7 +47,10 @@ NP_DIVERGENCES = {"jsd": np_jsd, "forward_kl": lambda p, q: np_kl(q, p), "revers
 
 def np_topk_jsd(student, teacher, k, temperature=1.0, divergence="jsd", support="union"):
     p, q = np_probs(student, temperature), np_probs(teacher, temperature)
-    tops = {"student": set(np.argsort(-p)[:k].tolist()), "teacher": set(np.argsort(-q)[:k].tolist())}
+    tops = {
+        "student": set(np.argsort(-p)[:k].tolist()),
+        "teacher": set(np.argsort(-q)[:k].tolist()),
+    }
     chosen = tops["student"] | tops["teacher"] if support == "union" else tops[support]
     rest = [i for i in range(len(p)) if i not in chosen]
     order = sorted(chosen)
@@ -53,18 +59,29 @@ def np_topk_jsd(student, teacher, k, temperature=1.0, divergence="jsd", support=
 
 def pair(n, vocab, seed=0, scale=2.0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return tuple(scale * torch.randn(n, vocab, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    return tuple(
+        scale * torch.randn(n, vocab, generator=g, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- divergences
-@pytest.mark.parametrize("vocab,k,temperature", [(5, 1, 1.0), (5, 3, 0.7), (40, 5, 1.0), (40, 17, 2.0), (300, 100, 1.0), (7, 7, 1.0)])
+@pytest.mark.parametrize(
+    "vocab,k,temperature",
+    [(5, 1, 1.0), (5, 3, 0.7), (40, 5, 1.0), (40, 17, 2.0), (300, 100, 1.0), (7, 7, 1.0)],
+)
 def test_topk_jsd_equals_the_reference(vocab, k, temperature):
     s, t = pair(6, vocab, seed=vocab + k)
     ours = topk_jsd(s, t, k, temperature)
     expected = [np_topk_jsd(a, b, k, temperature) for a, b in zip(s.numpy(), t.numpy())]
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
-    np.testing.assert_allclose(full_jsd(s, t, temperature).numpy(),
-                               [np_jsd(np_probs(a, temperature), np_probs(b, temperature)) for a, b in zip(s.numpy(), t.numpy())], rtol=1e-10)
+    np.testing.assert_allclose(
+        full_jsd(s, t, temperature).numpy(),
+        [
+            np_jsd(np_probs(a, temperature), np_probs(b, temperature))
+            for a, b in zip(s.numpy(), t.numpy())
+        ],
+        rtol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
@@ -72,9 +89,14 @@ def test_topk_jsd_equals_the_reference(vocab, k, temperature):
 def test_ablations_equal_the_reference(divergence, support):
     s, t = pair(6, 40, seed=8)
     ours = topk_jsd(s, t, 5, 0.9, divergence=divergence, support=support)
-    expected = [np_topk_jsd(a, b, 5, 0.9, divergence, support) for a, b in zip(s.numpy(), t.numpy())]
+    expected = [
+        np_topk_jsd(a, b, 5, 0.9, divergence, support) for a, b in zip(s.numpy(), t.numpy())
+    ]
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
-    assert torch.autograd.gradcheck(lambda x: topk_jsd(x, t[:2], 5, divergence=divergence, support=support), s[:2].clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: topk_jsd(x, t[:2], 5, divergence=divergence, support=support),
+        s[:2].clone().requires_grad_(),
+    )
 
 
 def test_random_sizes():
@@ -83,17 +105,29 @@ def test_random_sizes():
 
     def draw(low, high):
         return int(torch.randint(low, high, (), generator=g))
+
     for case in range(60):
-        n, vocab, temperature, scale = draw(1, 5), draw(2, 80), 0.3 + draw(0, 30) / 10, draw(1, 30) / 3
+        n, vocab, temperature, scale = (
+            draw(1, 5),
+            draw(2, 80),
+            0.3 + draw(0, 30) / 10,
+            draw(1, 30) / 3,
+        )
         k = draw(1, vocab + 5)
         s, t = pair(n, vocab, seed=100 + case, scale=scale)
         expected = [np_topk_jsd(a, b, k, temperature) for a, b in zip(s.numpy(), t.numpy())]
-        np.testing.assert_allclose(topk_jsd(s, t, k, temperature).numpy(), expected, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(
+            topk_jsd(s, t, k, temperature).numpy(), expected, rtol=1e-8, atol=1e-12
+        )
         x = s.clone().requires_grad_()
         topk_jsd(x, t, k, temperature).sum().backward()
         direction, step = torch.randn(n, vocab, generator=g, dtype=torch.float64), 1e-6
-        up, down = (topk_jsd(s + sign * step * direction, t, k, temperature).sum() for sign in (1, -1))
-        assert abs((up - down) / (2 * step) - (x.grad * direction).sum()) < 1e-5 * (1 + scale / temperature), case
+        up, down = (
+            topk_jsd(s + sign * step * direction, t, k, temperature).sum() for sign in (1, -1)
+        )
+        assert abs((up - down) / (2 * step) - (x.grad * direction).sum()) < 1e-5 * (
+            1 + scale / temperature
+        ), case
 
 
 def test_bounds_symmetry_and_growth_in_k():
@@ -103,7 +137,9 @@ def test_bounds_symmetry_and_growth_in_k():
     for k in (1, 2, 5, 10, 30, 59, 60, 100):
         d = topk_jsd(s, t, k)
         assert (d >= 0).all() and (d <= math.log(2)).all() and (d <= full + 1e-12).all()
-        assert (d >= previous - 1e-12).all()            # a larger support refines the partition: data-processing inequality
+        assert (
+            d >= previous - 1e-12
+        ).all()  # a larger support refines the partition: data-processing inequality
         torch.testing.assert_close(d, topk_jsd(t, s, k), rtol=1e-12, atol=1e-14)
         previous = d
     torch.testing.assert_close(topk_jsd(s, t, 60), full, rtol=1e-12, atol=0)
@@ -136,6 +172,7 @@ def test_released_formula_has_no_gradient_where_ours_has():
         p, q = log_p.exp(), log_q.exp()
         m = (p + q) / 2
         return (0.5 * p.detach() * (log_p - m.log()) + 0.5 * q * (log_q - m.log())).sum()
+
     x = s.clone().requires_grad_()
     released(x).backward()
     y = s.clone().requires_grad_()
@@ -184,7 +221,11 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     s, t = pair(5, 200, seed=2, dtype=dtype)
     d = topk_jsd(s, t, 20)
     assert d.dtype == torch.float32
-    np.testing.assert_allclose(d.numpy(), [np_topk_jsd(a, b, 20) for a, b in zip(s.double().numpy(), t.double().numpy())], rtol=1e-4)
+    np.testing.assert_allclose(
+        d.numpy(),
+        [np_topk_jsd(a, b, 20) for a, b in zip(s.double().numpy(), t.double().numpy())],
+        rtol=1e-4,
+    )
 
 
 def test_bad_arguments():
@@ -196,13 +237,18 @@ def test_bad_arguments():
         topk_jsd(*pair(1, 4), support="both")
     with pytest.raises(ValueError, match="divergence must be one of jsd"):
         topk_jsd(*pair(1, 4), divergence="kl")
-    h, ids, five, six = torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), torch.nn.Linear(4, 5), torch.nn.Linear(4, 6)
+    h, ids, five, six = (
+        torch.zeros(1, 4),
+        torch.zeros(1, dtype=torch.long),
+        torch.nn.Linear(4, 5),
+        torch.nn.Linear(4, 6),
+    )
     with pytest.raises(ValueError, match="vocabularies differ: 5 and 6"):
-        head_scores(h, five, ids, h, six)
+        scores_from_hidden(h, five, ids, h, six)
     with pytest.raises(ValueError, match="k >= 1"):
-        head_scores(h, five, ids, h, five, k=0)
+        scores_from_hidden(h, five, ids, h, five, k=0)
     with pytest.raises(TypeError, match="got Sequential"):
-        head_scores(h, torch.nn.Sequential(five), ids)
+        scores_from_hidden(h, torch.nn.Sequential(five), ids)
 
 
 # ------------------------------------------------------------------------------------------------------------- chunked head
@@ -214,7 +260,9 @@ def budget(chunk, vocab, bytes_each=8):
 def head_pair(bias=True, teacher="other", dtype=torch.float64, vocab=31):
     torch.manual_seed(0)
     student = torch.nn.Linear(8, vocab, bias=bias, dtype=dtype)
-    return student, student if teacher == "same" else torch.nn.Linear(8 if teacher == "same" else 6, vocab, bias=not bias, dtype=dtype)
+    return student, student if teacher == "same" else torch.nn.Linear(
+        8 if teacher == "same" else 6, vocab, bias=not bias, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
@@ -230,20 +278,43 @@ def test_head_scores_equals_the_plain_losses(chunk, bias, teacher):
     def gradients(logp, jsd):
         params = [h, *student.parameters()]
         return torch.autograd.grad((weights[0] * logp + weights[1] * jsd).sum(), params)
+
     logits = student(h).index_fill(1, banned, -math.inf)
     teacher_logits = other(g).index_fill(1, banned, -math.inf)
-    plain = token_log_probs(logits, ids, 0.8), entropy(logits, 0.8), topk_jsd(logits, teacher_logits, 5, 0.8)
+    plain = (
+        token_log_probs(logits, ids, 0.8),
+        entropy(logits, 0.8),
+        topk_jsd(logits, teacher_logits, 5, 0.8),
+    )
     expected = gradients(plain[0], plain[2])
-    chunked = head_scores(h, student, ids, g, other, k=5, temperature=0.8, banned=banned, logits_mb=budget(chunk, 31, 16))
+    chunked = scores_from_hidden(
+        h,
+        student,
+        ids,
+        g,
+        other,
+        k=5,
+        temperature=0.8,
+        banned=banned,
+        logits_mb=budget(chunk, 31, 16),
+    )
     for ours, reference in zip(chunked, plain):
-        torch.testing.assert_close(ours, reference.detach() if not ours.requires_grad else reference, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            ours,
+            reference.detach() if not ours.requires_grad else reference,
+            rtol=1e-12,
+            atol=1e-14,
+        )
     assert chunked[0].requires_grad and chunked[2].requires_grad and not chunked[1].requires_grad
     for ours, reference in zip(gradients(chunked[0], chunked[2]), expected):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-13)
-    again = head_scores(h, student, ids, g, other, k=5, logits_mb=budget(chunk, 31, 16))
+    again = scores_from_hidden(h, student, ids, g, other, k=5, logits_mb=budget(chunk, 31, 16))
     (again[0] + again[2]).sum().backward()
     assert g.grad is None and (teacher == "same" or all(p.grad is None for p in other.parameters()))
-    assert all(torch.equal(x, y) for x, y in zip(before, (h, g, *student.parameters(), *other.parameters())))       # nothing is written into
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(before, (h, g, *student.parameters(), *other.parameters()))
+    )  # nothing is written into
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
@@ -251,13 +322,22 @@ def test_head_scores_equals_the_plain_losses(chunk, bias, teacher):
 @pytest.mark.parametrize("k", [1, 6, 31, 50])
 def test_head_scores_ablations(divergence, support, k):
     student, other = head_pair()
-    h, g, ids = torch.randn(9, 8).double().requires_grad_(), torch.randn(9, 6).double(), torch.randint(0, 31, (9,))
-    ids[:3] = student(h).argmax(-1)[:3]                 # in the support; the others mostly not
+    h, g, ids = (
+        torch.randn(9, 8).double().requires_grad_(),
+        torch.randn(9, 6).double(),
+        torch.randint(0, 31, (9,)),
+    )
+    ids[:3] = student(h).argmax(-1)[:3]  # in the support; the others mostly not
     options = dict(k=k, divergence=divergence, support=support)
     plain = topk_jsd(student(h), other(g), **options)
-    logp, _, jsd = head_scores(h, student, ids, g, other, logits_mb=budget(4, 31, 16), **options)
+    logp, _, jsd = scores_from_hidden(
+        h, student, ids, g, other, logits_mb=budget(4, 31, 16), **options
+    )
     torch.testing.assert_close(jsd, plain, rtol=1e-11, atol=1e-14)
-    for ours, reference in zip(torch.autograd.grad(jsd.sum(), [h, student.weight]), torch.autograd.grad(plain.sum(), [h, student.weight])):
+    for ours, reference in zip(
+        torch.autograd.grad(jsd.sum(), [h, student.weight]),
+        torch.autograd.grad(plain.sum(), [h, student.weight]),
+    ):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-13)
 
 
@@ -265,32 +345,55 @@ def test_head_scores_ablations(divergence, support, k):
 def test_head_scores_gradcheck(trained):
     """Against finite differences, one input at a time: what is frozen is not differentiated and does not disturb the rest."""
     torch.manual_seed(1)
-    inputs = dict(hidden=torch.randn(5, 4).double(), weight=torch.randn(13, 4).double(), bias=torch.randn(13).double())
-    teacher, g, ids = torch.nn.Linear(4, 13).double(), torch.randn(5, 4).double(), torch.randint(0, 13, (5,))
+    inputs = dict(
+        hidden=torch.randn(5, 4).double(),
+        weight=torch.randn(13, 4).double(),
+        bias=torch.randn(13).double(),
+    )
+    teacher, g, ids = (
+        torch.nn.Linear(4, 13).double(),
+        torch.randn(5, 4).double(),
+        torch.randint(0, 13, (5,)),
+    )
 
     def scores(*given):
         x = {**inputs, **dict(zip(names, given))}
         head = torch.nn.Linear(4, 13, device="meta")
         del head.weight, head.bias
         head.weight, head.bias = x["weight"], x["bias"]
-        logp, _, jsd = head_scores(x["hidden"], head, ids, g, teacher, k=3, temperature=0.7, logits_mb=budget(2, 13, 16))
+        logp, _, jsd = scores_from_hidden(
+            x["hidden"], head, ids, g, teacher, k=3, temperature=0.7, logits_mb=budget(2, 13, 16)
+        )
         return logp, jsd
+
     names = list(inputs) if trained == "all" else [trained]
-    assert torch.autograd.gradcheck(scores, [inputs[name].clone().requires_grad_() for name in names])
+    assert torch.autograd.gradcheck(
+        scores, [inputs[name].clone().requires_grad_() for name in names]
+    )
 
 
 def test_vocabulary_padded_beyond_the_tokenizer():
     """Rows that no token has, banned, change nothing: scores and gradients are those of the head without them."""
     student, other = head_pair(vocab=40)
-    short = [torch.nn.Linear(x.in_features, 31, bias=x.bias is not None).double() for x in (student, other)]
+    short = [
+        torch.nn.Linear(x.in_features, 31, bias=x.bias is not None).double()
+        for x in (student, other)
+    ]
     for small, large in zip(short, (student, other)):
         small.load_state_dict({name: value[:31] for name, value in large.state_dict().items()})
-    h, g, ids = torch.randn(9, 8).double().requires_grad_(), torch.randn(9, 6).double(), torch.randint(0, 31, (9,))
-    a = head_scores(h, student, ids, g, other, k=5, banned=torch.arange(31, 40))
-    b = head_scores(h, short[0], ids, g, short[1], k=5)
+    h, g, ids = (
+        torch.randn(9, 8).double().requires_grad_(),
+        torch.randn(9, 6).double(),
+        torch.randint(0, 31, (9,)),
+    )
+    a = scores_from_hidden(h, student, ids, g, other, k=5, banned=torch.arange(31, 40))
+    b = scores_from_hidden(h, short[0], ids, g, short[1], k=5)
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
-    grads = [torch.autograd.grad((s[0] + s[2]).sum(), [h, head.weight]) for s, head in ((a, student), (b, short[0]))]
+    grads = [
+        torch.autograd.grad((s[0] + s[2]).sum(), [h, head.weight])
+        for s, head in ((a, student), (b, short[0]))
+    ]
     torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(grads[0][1][:31], grads[1][1], rtol=1e-11, atol=1e-14)
     assert (grads[0][1][31:] == 0).all()
@@ -299,14 +402,18 @@ def test_vocabulary_padded_beyond_the_tokenizer():
 def test_head_tied_to_the_embedding():
     """One parameter used twice: its gradient is the sum of both uses."""
     torch.manual_seed(0)
-    embedding, head = torch.nn.Embedding(31, 8).double(), torch.nn.Linear(8, 31, bias=False).double()
+    embedding, head = (
+        torch.nn.Embedding(31, 8).double(),
+        torch.nn.Linear(8, 31, bias=False).double(),
+    )
     head.weight = embedding.weight
     ids, teacher = torch.randint(0, 31, (9,)), torch.nn.Linear(8, 31).double()
 
     def gradient(scores):
         h = embedding(ids.flip(0)).tanh()
         return torch.autograd.grad(scores(h).sum(), embedding.weight)[0]
-    ours = gradient(lambda h: head_scores(h, head, ids, h.detach(), teacher, k=4)[2])
+
+    ours = gradient(lambda h: scores_from_hidden(h, head, ids, h.detach(), teacher, k=4)[2])
     plain = gradient(lambda h: topk_jsd(head(h), teacher(h), 4))
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
@@ -316,19 +423,32 @@ def test_head_tied_to_the_embedding():
 def test_head_scores_in_half_precision(dtype, how):
     """The products are half precision's, everything after them float32's: values equal the plain losses of the same half-precision logits."""
     student, other = head_pair(dtype=torch.float32, vocab=300)
-    h, g, ids = torch.randn(40, 8).requires_grad_(), torch.randn(40, 6), torch.randint(0, 300, (40,))
+    h, g, ids = (
+        torch.randn(40, 8).requires_grad_(),
+        torch.randn(40, 6),
+        torch.randint(0, 300, (40,)),
+    )
     if how == "inputs":
-        student, other, h, g = student.to(dtype), other.to(dtype), h.detach().to(dtype).requires_grad_(), g.to(dtype)
+        student, other, h, g = (
+            student.to(dtype),
+            other.to(dtype),
+            h.detach().to(dtype).requires_grad_(),
+            g.to(dtype),
+        )
     with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
-        ours = head_scores(h, student, ids, g, other, k=10, logits_mb=budget(7, 300))
+        ours = scores_from_hidden(h, student, ids, g, other, k=10, logits_mb=budget(7, 300))
         logits, teacher_logits = student(h), other(g)
     assert all(x.dtype == torch.float32 for x in ours) and logits.dtype == dtype
-    for x, y in zip(ours, (token_log_probs(logits, ids), entropy(logits), topk_jsd(logits, teacher_logits, 10))):
+    for x, y in zip(
+        ours, (token_log_probs(logits, ids), entropy(logits), topk_jsd(logits, teacher_logits, 10))
+    ):
         torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-4, atol=1e-6)
     grads = torch.autograd.grad((ours[0] + 3 * ours[2]).sum(), [h, student.weight])
     exact = [x.detach().double().requires_grad_() for x in (h, student.weight)]
     z = torch.nn.functional.linear(*exact, student.bias.double())
-    loss = token_log_probs(z, ids) + 3 * topk_jsd(z, other(g.to(other.weight.dtype)).double().detach(), 10)
+    loss = token_log_probs(z, ids) + 3 * topk_jsd(
+        z, other(g.to(other.weight.dtype)).double().detach(), 10
+    )
     for x, y, source in zip(grads, torch.autograd.grad(loss.sum(), exact), (h, student.weight)):
         assert x.dtype == source.dtype
         assert (x.double() - y).norm() < (0.02 if dtype == torch.bfloat16 else 0.004) * y.norm()
@@ -342,7 +462,7 @@ def test_head_scores_of_a_peaked_pair():
         student.weight[3, 0] = other.weight[7, 0] = math.log(1e9 * 49)
     ids, g = torch.tensor([3, 7, 20]), torch.tensor([[1.0, 0.5]]).repeat(3, 1)
     h = torch.tensor([[1.0, 0.5]]).repeat(3, 1).requires_grad_()
-    logp, entropies, jsd = head_scores(h, student, ids, g, other, k=5)
+    logp, entropies, jsd = scores_from_hidden(h, student, ids, g, other, k=5)
     grads = torch.autograd.grad(logp.sum() + jsd.sum(), [h, student.weight])
     assert all(torch.isfinite(x).all() for x in (logp, entropies, jsd, *grads))
     exact = student.weight.detach().double().requires_grad_(), h.detach().double().requires_grad_()
@@ -355,21 +475,25 @@ def test_head_scores_of_a_peaked_pair():
 def test_head_scores_without_gradient_or_teacher():
     student, other = head_pair()
     h, ids = torch.randn(9, 8).double().requires_grad_(), torch.randint(0, 31, (9,))
-    logp, entropies, none = head_scores(h, student, ids, logits_mb=budget(4, 31, 16))
+    logp, entropies, none = scores_from_hidden(h, student, ids, logits_mb=budget(4, 31, 16))
     assert none is None
     torch.testing.assert_close(entropies, entropy(student(h)).detach(), rtol=1e-12, atol=1e-14)
-    for x, y in zip(torch.autograd.grad(logp.sum(), [h, *student.parameters()]),
-                    torch.autograd.grad(token_log_probs(student(h), ids).sum(), [h, *student.parameters()])):
+    for x, y in zip(
+        torch.autograd.grad(logp.sum(), [h, *student.parameters()]),
+        torch.autograd.grad(token_log_probs(student(h), ids).sum(), [h, *student.parameters()]),
+    ):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
     with torch.no_grad():
-        again = head_scores(h, student, ids)
+        again = scores_from_hidden(h, student, ids)
     assert not again[0].requires_grad
     torch.testing.assert_close(again[0], logp.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_head_scores_of_no_tokens_keeps_the_graph():
     head, h = torch.nn.Linear(4, 9), torch.zeros(0, 4, requires_grad=True)
-    logp, _, jsd = head_scores(h, head, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), head, k=2)
+    logp, _, jsd = scores_from_hidden(
+        h, head, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), head, k=2
+    )
     (logp.sum() + jsd.sum()).backward()
     assert logp.shape == (0,) and h.grad is not None and head.weight.grad.abs().sum() == 0
 
@@ -380,52 +504,82 @@ def test_policy_loss_by_hand():
     #            unclipped  A      clipped at 1.3 | clipped at 0.8, A, unclipped, dual clip at 3
     expected = [-0.5, -1.0, -1.3, 0.8, 1.0, 1.6, 3.0]
     logp = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
-    old, a, mask = torch.zeros(1, 7).double(), torch.tensor([a]).double(), torch.ones(1, 7, dtype=torch.bool)
+    old, a, mask = (
+        torch.zeros(1, 7).double(),
+        torch.tensor([a]).double(),
+        torch.ones(1, 7, dtype=torch.bool),
+    )
     loss = policy_loss(logp, old, a, mask)
     np.testing.assert_allclose(loss.detach().numpy()[0], expected, rtol=1e-12)
     loss.sum().backward()
-    np.testing.assert_allclose(logp.grad.numpy()[0], [-0.5, -1.0, 0.0, 0.0, 1.0, 1.6, 0.0], atol=1e-12)
+    np.testing.assert_allclose(
+        logp.grad.numpy()[0], [-0.5, -1.0, 0.0, 0.0, 1.0, 1.6, 0.0], atol=1e-12
+    )
     free = policy_loss(logp, old, a, mask, dual_clip=None)
     assert abs(free[0, -1].item() - 9.0) < 1e-9
     narrow = policy_loss(logp, old, a, mask, clip_low=0.6, clip_high=0.1)
-    np.testing.assert_allclose(narrow.detach().numpy()[0], [-0.5, -1.0, -1.1, 0.5, 1.0, 1.6, 3.0], rtol=1e-12)
+    np.testing.assert_allclose(
+        narrow.detach().numpy()[0], [-0.5, -1.0, -1.1, 0.5, 1.0, 1.6, 3.0], rtol=1e-12
+    )
     with pytest.raises(ValueError, match="token or sequence"):
         policy_loss(logp, old, a, mask, ratio="sentence")
 
 
 def test_sequence_ratio_by_hand():
     """GSPO: one ratio a response, the geometric mean of its tokens' ratios, clipped as one; aggregated by the sequence mean."""
-    tokens = [[0.5, 2.0, 1.331], [1.0, 1.21, None], [3.0, 9.0, 9.0]]           # geometric means 1.1, 1.1, 6.24
+    tokens = [
+        [0.5, 2.0, 1.331],
+        [1.0, 1.21, None],
+        [3.0, 9.0, 9.0],
+    ]  # geometric means 1.1, 1.1, 6.24
     mask = torch.tensor([[x is not None for x in row] for row in tokens])
-    logp = torch.tensor([[math.log(x) if x else math.nan for x in row] for row in tokens], dtype=torch.float64).requires_grad_()
+    logp = torch.tensor(
+        [[math.log(x) if x else math.nan for x in row] for row in tokens], dtype=torch.float64
+    ).requires_grad_()
     a = torch.tensor([[1.0], [-2.0], [-1.0]]).double().expand(3, 3)
     loss = policy_loss(logp, torch.zeros(3, 3).double(), a, mask, clip_high=0.05, ratio="sequence")
-    for row, value in zip(loss.detach().numpy(), (-1.05, 2.2, 3.0)):            # clipped; A < 0, above the low clip; dual clip
+    for row, value in zip(
+        loss.detach().numpy(), (-1.05, 2.2, 3.0)
+    ):  # clipped; A < 0, above the low clip; dual clip
         np.testing.assert_allclose(row, value, rtol=1e-12)
     masked_mean(loss, mask, 3 * mask.sum(1, keepdim=True)).backward()
-    np.testing.assert_allclose(logp.grad.numpy(), [[0, 0, 0], [1.1 / 3, 1.1 / 3, 0], [0, 0, 0]], rtol=1e-12)    # 2 * 1.1 / (2 tokens * 3)
+    np.testing.assert_allclose(
+        logp.grad.numpy(), [[0, 0, 0], [1.1 / 3, 1.1 / 3, 0], [0, 0, 0]], rtol=1e-12
+    )  # 2 * 1.1 / (2 tokens * 3)
 
 
 def test_values_outside_the_mask_reach_neither_loss_nor_gradient():
     logp = torch.tensor([[0.1, math.nan, 1e4]], requires_grad=True)
     mask = torch.tensor([[True, False, False]])
     for ratio in ("token", "sequence"):
-        masked_mean(policy_loss(logp, torch.zeros(1, 3), torch.ones(1, 3), mask, ratio=ratio), mask).backward()
-    assert torch.isfinite(logp.grad).all() and (logp.grad[0, 1:] == 0).all() and logp.grad[0, 0] != 0
+        masked_mean(
+            policy_loss(logp, torch.zeros(1, 3), torch.ones(1, 3), mask, ratio=ratio), mask
+        ).backward()
+    assert (
+        torch.isfinite(logp.grad).all() and (logp.grad[0, 1:] == 0).all() and logp.grad[0, 0] != 0
+    )
 
 
 def test_aggregations_by_denominator():
-    x, mask = torch.tensor([[1.0, 2.0, 6.0], [4.0, 0.0, 0.0]]), torch.tensor([[True, True, True], [True, False, False]])
-    assert masked_mean(x, mask).item() == 13 / 4                                            # token mean
-    assert masked_mean(x, mask, 2 * mask.sum(1, keepdim=True)).item() == (9 / 3 + 4) / 2      # mean of the sequences' means
-    assert masked_mean(x, mask, 2 * 10).item() == pytest.approx(13 / 20)                                   # a fixed length of 10
+    x, mask = (
+        torch.tensor([[1.0, 2.0, 6.0], [4.0, 0.0, 0.0]]),
+        torch.tensor([[True, True, True], [True, False, False]]),
+    )
+    assert masked_mean(x, mask).item() == 13 / 4  # token mean
+    assert (
+        masked_mean(x, mask, 2 * mask.sum(1, keepdim=True)).item() == (9 / 3 + 4) / 2
+    )  # mean of the sequences' means
+    assert masked_mean(x, mask, 2 * 10).item() == pytest.approx(13 / 20)  # a fixed length of 10
 
 
 def test_k3_is_unbiased_positive_and_zero_at_equality():
-    p, q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)
+    p, q = (
+        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64),
+    )
     terms = k3_kl(p.log(), q.log())
     assert (terms >= 0).all() and terms[2] == 0
-    assert abs((p * terms).sum() - (p * (p / q).log()).sum()) < 1e-12          # exact expectation under p
+    assert abs((p * terms).sum() - (p * (p / q).log()).sum()) < 1e-12  # exact expectation under p
     x = p.log().clone().requires_grad_()
     k3_kl(x, q.log()).sum().backward()
     np.testing.assert_allclose(x.grad.numpy(), (1 - q / p).numpy(), rtol=1e-12)
@@ -434,8 +588,16 @@ def test_k3_is_unbiased_positive_and_zero_at_equality():
 def test_entropy_and_log_probs():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
     np.testing.assert_allclose(entropy(logits).numpy(), [1.5 * math.log(2), 0.0], atol=1e-6)
-    np.testing.assert_allclose(token_log_probs(logits, torch.tensor([1, 0])).numpy(), [math.log(0.25), 0.0], atol=1e-6)
-    assert abs(token_log_probs(logits[:1], torch.tensor([0]), temperature=0.5).exp().item() - 0.25 / 0.375) < 1e-6
+    np.testing.assert_allclose(
+        token_log_probs(logits, torch.tensor([1, 0])).numpy(), [math.log(0.25), 0.0], atol=1e-6
+    )
+    assert (
+        abs(
+            token_log_probs(logits[:1], torch.tensor([0]), temperature=0.5).exp().item()
+            - 0.25 / 0.375
+        )
+        < 1e-6
+    )
 
 
 def test_masked_mean():
@@ -449,7 +611,11 @@ def test_masked_mean():
 
 def test_the_file_works_when_copied_alone(root, tmp_path):
     shutil.copy(root / "losses.py", tmp_path)
-    code = ("import torch, losses; head = torch.nn.Linear(3, 5); print(losses.topk_jsd(torch.zeros(2, 5), torch.eye(5)[:2], k=2).shape, "
-            "losses.head_scores(torch.zeros(2, 3), head, torch.tensor([0, 1]), torch.ones(2, 3), head, k=2)[2].shape)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = (
+        "import torch, losses; head = torch.nn.Linear(3, 5); print(losses.topk_jsd(torch.zeros(2, 5), torch.eye(5)[:2], k=2).shape, "
+        "losses.scores_from_hidden(torch.zeros(2, 3), head, torch.tensor([0, 1]), torch.ones(2, 3), head, k=2)[2].shape)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "torch.Size([2]) torch.Size([2])"

@@ -1,4 +1,5 @@
 """plumbing/runs.py: what a run leaves behind, checkpoints, resuming."""
+
 import json
 import os
 import random
@@ -13,13 +14,32 @@ from conftest import TINY, logged
 
 import train
 
-LONGER = ["--steps", "8", "--questions", "2", "--group-size", "4", "--eval-questions", "4", "--eval-every", "3", "--save-every", "2"]
+LONGER = [
+    "--steps",
+    "8",
+    "--questions",
+    "2",
+    "--group-size",
+    "4",
+    "--eval-questions",
+    "4",
+    "--eval-every",
+    "3",
+    "--save-every",
+    "2",
+]
 
 
 def start(folder, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, os.path.join(os.path.dirname(train.__file__), "train.py"), *args], cwd=folder, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, os.path.join(os.path.dirname(train.__file__), "train.py"), *args],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(process, condition):
@@ -39,25 +59,41 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     time.sleep(random.Random(seed).random() / 3)
     process.kill()
     process.wait()
-    last, old = max(int(p.name[5:]) for p in (broken / "checkpoints").glob("step-????????")), log.stat().st_ino
+    last, old = (
+        max(int(p.name[5:]) for p in (broken / "checkpoints").glob("step-????????")),
+        log.stat().st_ino,
+    )
     process = start(tmp_path, "--resume", "runs/broken")
-    wait_for(process, lambda: log.stat().st_ino != old and logged(broken)[-1]["step"] > last)      # resuming writes the log anew
+    wait_for(
+        process, lambda: log.stat().st_ino != old and logged(broken)[-1]["step"] > last
+    )  # resuming writes the log anew
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    if process.returncode == 143:                   # 0: the last step was over before the signal came
+    if process.returncode == 143:  # 0: the last step was over before the signal came
         assert "stopped by SIGTERM after step" in out and "--resume runs/broken" in out
         done = logged(broken)[-1]["step"]
-        assert (broken / "checkpoints" / f"step-{done:08d}").is_dir() and not (broken / "model").exists()
+        assert (broken / "checkpoints" / f"step-{done:08d}").is_dir() and not (
+            broken / "model"
+        ).exists()
         last = start(tmp_path, "--resume", "runs/broken")
         out, err = last.communicate()
-        assert last.returncode == 0 and f"going on from runs/broken/checkpoints/step-{done:08d}" in out, err
+        assert (
+            last.returncode == 0 and f"going on from runs/broken/checkpoints/step-{done:08d}" in out
+        ), err
     else:
         assert process.returncode == 0, err
     assert logged(broken) == logged(whole), seed
-    assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    for name in ("model/model.safetensors", "checkpoints/step-00000008/model.safetensors", "checkpoints/step-00000008/optimizer.bin"):
+    assert (broken / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
+    for name in (
+        "model/model.safetensors",
+        "checkpoints/step-00000008/model.safetensors",
+        "checkpoints/step-00000008/optimizer.bin",
+    ):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), (seed, name)
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]      # --keep 2
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000008",
+    ]  # --keep 2
     assert "has done all 8 steps; give a larger --steps" in refuse(capsys, "--resume", "runs/whole")
 
 
@@ -83,13 +119,17 @@ def test_a_checkpoint_that_is_not_whole_or_not_ours_is_refused_by_name(finished,
     newest = finished / "checkpoints" / "step-00000002"
     weights = (newest / "optimizer.bin").read_bytes()
     (newest / "optimizer.bin").write_bytes(weights[:-1])
-    assert "step-00000002 is not whole: optimizer.bin is missing or has another size" in refuse(capsys, *again)
+    assert "step-00000002 is not whole: optimizer.bin is missing or has another size" in refuse(
+        capsys, *again
+    )
     (newest / "optimizer.bin").write_bytes(weights)
     state = (newest / "state.json").read_text()
     (newest / "state.json").write_text(state[:40])
     assert "step-00000002 is not a checkpoint of ptdpo" in refuse(capsys, *again)
     (newest / "state.json").write_text(state)
-    (finished / "checkpoints" / "step-00000009.part").mkdir()               # what a kill while saving leaves: not looked at
+    (
+        finished / "checkpoints" / "step-00000009.part"
+    ).mkdir()  # what a kill while saving leaves: not looked at
     assert "--lr cannot stand beside --resume" in refuse(capsys, *again, "--lr", "1")
     assert "no config.json of a run of this version" in refuse(capsys, "--resume", "runs")
     for path in sorted(newest.parent.iterdir()):
@@ -107,20 +147,31 @@ def test_other_data_than_the_run_s_own_is_refused(tmp_path, monkeypatch, capsys)
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monkeypatch, capsys):
-    before = {p: p.read_bytes() for p in sorted((finished / "checkpoints" / "step-00000002").iterdir())}
+    before = {
+        p: p.read_bytes() for p in sorted((finished / "checkpoints" / "step-00000002").iterdir())
+    }
 
     def full(self, folder):
         (Path(folder) / "optimizer.bin").write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(train.Accelerator, "save_state", full)
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "runs/t", "--steps", "4"])
-    assert "No space left on device" in stop.value.code and "last good one is runs/t/checkpoints/step-00000002" in stop.value.code
+    assert (
+        "No space left on device" in stop.value.code
+        and "last good one is runs/t/checkpoints/step-00000002" in stop.value.code
+    )
     assert {p: p.read_bytes() for p in before} == before
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert "wandb is not installed; python -m pip install wandb" in refuse(capsys, "--log-with", "wandb")
+    assert "wandb is not installed; python -m pip install wandb" in refuse(
+        capsys, "--log-with", "wandb"
+    )
     assert "peft is not installed; python -m pip install peft" in refuse(capsys, "--lora", "4")

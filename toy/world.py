@@ -12,6 +12,7 @@ The hint names the row or column, what to ignore and how to go on; it holds no n
 answer. In fog the picture is half grey and the base misreads gems: even with the hint it is right only 2 times in 3, so that the
 hint alone is not enough and the reward has something to add. Everything is a function of (split, index): the same puzzle on every machine, train and held-out puzzles disjoint.
 """
+
 from __future__ import annotations
 
 import math
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from hints import Hint
-from rollout import Sample
+from rollout import Question
 
 FAMILIES = ("row", "column", "cross")
 ROWS = ("top", "upper", "lower", "bottom")
@@ -29,13 +30,14 @@ COLUMNS = ("leftmost", "left", "right", "rightmost")
 POINTS = {"red": 1, "green": 2, "blue": 3, "none": 0, "star": 0, "ring": 0}
 OPENINGS = ("I look at", "Here is", "Now read")
 CELL, GRID = 28, 4
-FOG = 0.5                                                           # share of grey in a foggy picture
-FIRST_SEED = {"train": 0, "heldout": 10**9, "tune": 2 * 10**9}      # each split owns 10^9 indices
+FOG = 0.5  # share of grey in a foggy picture
+FIRST_SEED = {"train": 0, "heldout": 10**9, "tune": 2 * 10**9}  # each split owns 10^9 indices
 
 
 @dataclass(frozen=True)
 class Puzzle:
     """One grid and one question. `cells[r][c]` is a key of POINTS; `row` is the star's, `column` the ring's; foggy: hard to see."""
+
     seed: int
     family: str
     cells: tuple
@@ -46,8 +48,11 @@ class Puzzle:
     @property
     def lines(self) -> list[tuple[str, int]]:
         """The lines to read, in order, as ("row" | "column", index)."""
-        return {"row": [("row", self.row)], "column": [("column", self.column)],
-                "cross": [("row", self.row), ("column", self.column)]}[self.family]
+        return {
+            "row": [("row", self.row)],
+            "column": [("column", self.column)],
+            "cross": [("row", self.row), ("column", self.column)],
+        }[self.family]
 
     @property
     def answer(self) -> int:
@@ -82,31 +87,52 @@ def line_box(line: tuple[str, int]) -> list[int]:
 def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 0.0) -> Puzzle:
     """Puzzle number `index` of "train", "heldout" or "tune". `family` overrides the one drawn from the seed; fog: the share of foggy ones."""
     if split not in FIRST_SEED or not 0 <= index < 10**9:
-        raise ValueError(f"no puzzle {index} in split {split!r}: splits are {', '.join(FIRST_SEED)}, indices 0 to 10^9 - 1")
+        raise ValueError(
+            f"no puzzle {index} in split {split!r}: splits are {', '.join(FIRST_SEED)}, indices 0 to 10^9 - 1"
+        )
     seed = FIRST_SEED[split] + index
-    rng = random.Random(f"puzzle-{seed}")                # a string seed is hashed by SHA-512: stable across versions
+    rng = random.Random(
+        f"puzzle-{seed}"
+    )  # a string seed is hashed by SHA-512: stable across versions
     drawn = FAMILIES[rng.randrange(len(FAMILIES))]
     star = (rng.randrange(GRID), rng.randrange(GRID))
-    ring = (rng.choice([r for r in range(GRID) if r != star[0]]), rng.choice([c for c in range(GRID) if c != star[1]]))
+    ring = (
+        rng.choice([r for r in range(GRID) if r != star[0]]),
+        rng.choice([c for c in range(GRID) if c != star[1]]),
+    )
     free = [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in (star, ring)]
     cells = [["none"] * GRID for _ in range(GRID)]
     cells[star[0]][star[1]], cells[ring[0]][ring[1]] = "star", "ring"
-    for r, c in rng.sample(free, rng.randint(6, 14)):     # many or few gems: answers spread out
+    for r, c in rng.sample(free, rng.randint(6, 14)):  # many or few gems: answers spread out
         cells[r][c] = rng.choice(("red", "green", "blue"))
-    return Puzzle(seed, family or drawn, tuple(map(tuple, cells)), star[0], ring[1], random.Random(f"fog-{seed}").random() < fog)
+    return Puzzle(
+        seed,
+        family or drawn,
+        tuple(map(tuple, cells)),
+        star[0],
+        ring[1],
+        random.Random(f"fog-{seed}").random() < fog,
+    )
 
 
-def question(puzzle: Puzzle) -> str:
+def question_text(puzzle: Puzzle) -> str:
     """The plain question: it names the star or the ring, never the row or column."""
-    what = {"row": "the star row", "column": "the ring column", "cross": "the star row plus the ring column"}[puzzle.family]
+    what = {
+        "row": "the star row",
+        "column": "the ring column",
+        "cross": "the star row plus the ring column",
+    }[puzzle.family]
     return f"How many points are in {what}?"
 
 
 def hint(puzzle: Puzzle) -> Hint:
     """Where to look, what to ignore, how to go on; no number and no gem is named."""
     look = [line_name(line) for line in puzzle.lines]
-    ignore = {"row": ["the ring", "every other row"], "column": ["the star", "every other column"],
-              "cross": ["every other row and column"]}[puzzle.family]
+    ignore = {
+        "row": ["the ring", "every other row"],
+        "column": ["the star", "every other column"],
+        "cross": ["every other row and column"],
+    }[puzzle.family]
     return Hint(look=look, ignore=ignore, steps=["name each cell", "add its points to the sum"])
 
 
@@ -124,7 +150,12 @@ def response(puzzle: Puzzle, rng: random.Random, lines=None, final: int | None =
             cells.append(f"{cell} {total}")
         parts.append(f"{line_name(line)}: {' '.join(cells)}")
     end = total if final is None else final
-    return f"{rng.choice(OPENINGS)} " + ". Next ".join(parts) + rng.choice((".", ". So")) + f" \\boxed{{{end}}}"
+    return (
+        f"{rng.choice(OPENINGS)} "
+        + ". Next ".join(parts)
+        + rng.choice((".", ". So"))
+        + f" \\boxed{{{end}}}"
+    )
 
 
 def draw(puzzle: Puzzle) -> Image.Image:
@@ -135,34 +166,57 @@ def draw(puzzle: Puzzle) -> Image.Image:
     for r in range(GRID):
         for c in range(GRID):
             x, y = c * CELL, r * CELL
-            pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=(255 - 22 * r, 255 - 22 * c, 205 + 8 * (r + c)))
+            pen.rectangle(
+                (x, y, x + CELL - 1, y + CELL - 1),
+                fill=(255 - 22 * r, 255 - 22 * c, 205 + 8 * (r + c)),
+            )
             cx, cy = x + CELL / 2 + rng.uniform(-2, 2), y + CELL / 2 + rng.uniform(-2, 2)
             _draw_cell(pen, puzzle.cells[r][c], cx, cy, rng.uniform(7.5, 9.5))
-    return Image.blend(image, Image.new("RGB", image.size, (200, 200, 200)), FOG) if puzzle.foggy else image
+    return (
+        Image.blend(image, Image.new("RGB", image.size, (200, 200, 200)), FOG)
+        if puzzle.foggy
+        else image
+    )
 
 
 def _draw_cell(pen: ImageDraw.ImageDraw, cell: str, cx: float, cy: float, radius: float) -> None:
     if cell == "star":
-        points = [(cx + (radius + 2) * (1 if k % 2 == 0 else 0.42) * math.sin(math.pi * k / 5),
-                   cy - (radius + 2) * (1 if k % 2 == 0 else 0.42) * math.cos(math.pi * k / 5)) for k in range(10)]
+        points = [
+            (
+                cx + (radius + 2) * (1 if k % 2 == 0 else 0.42) * math.sin(math.pi * k / 5),
+                cy - (radius + 2) * (1 if k % 2 == 0 else 0.42) * math.cos(math.pi * k / 5),
+            )
+            for k in range(10)
+        ]
         pen.polygon(points, fill=(250, 190, 0), outline=(90, 60, 0))
     elif cell == "ring":
-        pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), outline=(20, 20, 20), width=4)
+        pen.ellipse(
+            (cx - radius, cy - radius, cx + radius, cy + radius), outline=(20, 20, 20), width=4
+        )
     elif cell != "none":
         fill = {"red": (220, 30, 30), "green": (20, 150, 60), "blue": (30, 60, 220)}[cell]
-        pen.polygon([(cx, cy - radius), (cx + radius, cy), (cx, cy + radius), (cx - radius, cy)], fill=fill)
-        for k in range(POINTS[cell]):                    # one white pip a point: the picture says what a gem is worth
+        pen.polygon(
+            [(cx, cy - radius), (cx + radius, cy), (cx, cy + radius), (cx - radius, cy)], fill=fill
+        )
+        for k in range(POINTS[cell]):  # one white pip a point: the picture says what a gem is worth
             x = cx + 4 * k - 2 * (POINTS[cell] - 1)
             pen.ellipse((x - 1.2, cy - 1.2, x + 1.2, cy + 1.2), fill=(255, 255, 255))
 
 
-def sample(puzzle: Puzzle) -> Sample:
+def to_question(puzzle: Puzzle) -> Question:
     """The puzzle as the training loop sees it."""
-    return Sample(id=f"puzzle-{puzzle.seed}", question=question(puzzle), answer=str(puzzle.answer),
-                  images=[draw(puzzle)], hint=hint(puzzle), family="foggy " * puzzle.foggy + puzzle.family,
-                  solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")), boxes=[[line_box(line) for line in puzzle.lines]])
+    return Question(
+        id=f"puzzle-{puzzle.seed}",
+        text=question_text(puzzle),
+        answer=str(puzzle.answer),
+        images=[draw(puzzle)],
+        hint=hint(puzzle),
+        family="foggy " * puzzle.foggy + puzzle.family,
+        solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")),
+        boxes=[[line_box(line) for line in puzzle.lines]],
+    )
 
 
-def puzzles(split: str, count: int, start: int = 0, fog: float = 0.0) -> list[Sample]:
+def puzzles(split: str, count: int, start: int = 0, fog: float = 0.0) -> list[Question]:
     """`count` samples of a split, from index `start`."""
-    return [sample(make_puzzle(split, i, fog=fog)) for i in range(start, start + count)]
+    return [to_question(make_puzzle(split, i, fog=fog)) for i in range(start, start + count)]
