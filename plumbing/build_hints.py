@@ -1,4 +1,14 @@
-"""The command that builds hints."""
+"""The command that builds hints. It can be stopped at any moment and goes on where it stopped.
+
+An expert behind an OpenAI-compatible server, a local model as the expert, or no expert at all (the
+regions the model itself looks at); without --data the questions are built-in puzzles:
+
+    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL
+    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME_OR_PATH
+    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model PATH --source attention
+
+Each line of the output is one question: its hint, or null with the reasons.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +16,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,182 +25,216 @@ from torch import Tensor
 
 from hints import attention_hint, build_hint
 from plumbing.data import load_questions
-from plumbing.experts import _load, local_expert, server_expert
+from plumbing.experts import load_expert, local_expert, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
 from plumbing.images import open_image, quiet_loading
 from rollout import Question
+from toy import world
+
+PUZZLES = 100  # built-in puzzles without --data and without --limit
 
 
-def results_table(records: dict[str, dict], wanted: int) -> str:
-    """What the command ends with: acceptance by try, and the reasons of all rejected replies."""
-    rows = records.values()
-    tries = Counter(len(r.get("rejected", [])) + 1 for r in rows if r["hint"])
-    reasons = Counter(
-        kind
-        for r in rows
-        for reply in r.get("rejected", [])
-        for kind in {reason.partition(":")[0] for reason in reply}
-    )
-    lines = [
-        f"questions {wanted}, with a hint {sum(tries.values())} ({', '.join(f'{n} at try {t}' for t, n in sorted(tries.items())) or 'none'}), "
-        f"left without {len(records) - sum(tries.values())}, not answered yet {max(0, wanted - len(records))}"
-    ]
-    if reasons:
-        lines += [
-            "",
-            f"{'replies rejected because':40s}{'replies':>8s}",
-            *(f"{kind:40s}{n:8d}" for kind, n in reasons.most_common()),
-        ]
-    return "\n".join(lines)
-
-
-def overlay(image: Image.Image, heat: Tensor, boxes: list[list[int]]) -> Image.Image:
-    """The image with the map (h, w) laid over it in red, hotter is denser, and the boxes (left, top, right, bottom) drawn."""
-    strength = (160 * (heat / heat.max()).clamp(0, 1)).byte().numpy()
-    mask = Image.fromarray(strength, "L").resize(image.size, Image.Resampling.BILINEAR)
-    out = Image.composite(Image.new("RGB", image.size, (230, 30, 30)), image.convert("RGB"), mask)
-    for box in boxes:
-        ImageDraw.Draw(out).rectangle(
-            [box[0], box[1], box[2] - 1, box[3] - 1],
-            outline=(20, 60, 255),
-            width=max(2, image.width // 150),
-        )
-    return out
-
-
-def main(argv=None) -> int:
-    """The command: check, load, build, report."""
+# ---------------------------------------------------------------------------------- the options
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as it was given. check_args says what is wrong with its values."""
     parser = argparse.ArgumentParser(
         usage="python -m plumbing.build_hints --out FILE --model NAME [options]",
-        description="Build hints, one JSON line a question; resumable.",
+        description="Build hints, one JSON line per question; resumable.",
     )
-    parser.add_argument(
-        "--data", default="", help="questions, as train.py takes them (default: built-in puzzles)"
-    )
-    parser.add_argument("--split", default="train", help="split of a dataset in --data [train]")
-    parser.add_argument(
+    _add_questions_and_model(parser)
+    _add_limits(parser)
+    return parser.parse_args(argv)
+
+
+def _add_questions_and_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", default="", help="questions, as train.py takes them (default: built-in puzzles)")
+    add("--split", default="train", help="split of a dataset in --data [train]")
+    add(
         "--image-dir",
         default="",
         help="folder that image paths are relative to and must be in [the .jsonl's]",
     )
-    parser.add_argument(
-        "--out", required=True, help="the hints file; what it holds already is not asked for again"
-    )
-    parser.add_argument(
+    add("--out", required=True, help="the hints file; what it holds already is not asked for again")
+    add(
         "--model",
         required=True,
-        help="the expert, by its name at the server, hub name or path; with --source attention the model to be trained",
+        help="the expert, by its name at the server, hub name or path; "
+        "with --source attention the model to be trained",
     )
-    parser.add_argument(
+    add(
         "--api-base",
         default="",
-        help="an OpenAI-compatible server, such as http://localhost:8000/v1; its key is read from OPENAI_API_KEY",
+        help="an OpenAI-compatible server, such as http://localhost:8000/v1; "
+        "its key is read from OPENAI_API_KEY",
     )
-    parser.add_argument(
+    add(
         "--source",
         choices=("expert", "attention"),
         default="expert",
         help="expert: a model that is shown the answer writes the hint; "
         "attention: no expert, the regions the model itself looks at",
     )
-    parser.add_argument(
-        "--tries", type=int, default=3, help="replies asked for until one passes [3]"
-    )
-    parser.add_argument(
-        "--parallel", type=int, default=8, help="questions at a time, with --api-base [8]"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds to wait for the server [300]"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=4096, help="longest reply, thinking included [4096]"
-    )
-    parser.add_argument(
-        "--limit", type=int, help="only the first questions [100 puzzles, or all of --data]"
-    )
-    parser.add_argument(
-        "--layers", default="", help="FIRST-LAST, with --source attention [the middle half]"
-    )
-    parser.add_argument(
-        "--overlay", default="", help="folder for a picture of each map, with --source attention"
-    )
-    args = parser.parse_args(argv)
-    attention, out = args.source == "attention", Path(args.out)
-    try:
-        if attention and args.api_base or args.overlay and not attention:
-            raise ValueError("--api-base is for --source expert, --overlay for --source attention")
-        if (
-            min(
-                args.tries,
-                args.parallel,
-                args.timeout,
-                args.max_new_tokens,
-                1 if args.limit is None else args.limit,
-            )
-            <= 0
-        ):
-            raise ValueError(
-                "--tries, --parallel, --timeout, --max-new-tokens and --limit must be above 0"
-            )
-        layers = re.fullmatch(r"(\d+)-(\d+)|", args.layers)
-        if not layers:
-            raise ValueError(f"--layers must be FIRST-LAST, such as 10-18, got {args.layers!r}")
-        if args.data:
-            samples = load_questions(args.data, split=args.split, image_dir=args.image_dir)[
-                : args.limit
-            ]
-        else:
-            from toy import world  # it imports this module
 
-            samples = world.puzzles("train", args.limit or 100)
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tries", type=int, default=3, help="replies asked for until one passes [3]")
+    add("--parallel", type=int, default=8, help="questions at a time, with --api-base [8]")
+    add("--timeout", type=float, default=300, help="seconds to wait for the server [300]")
+    add("--max-new-tokens", type=int, default=4096, help="longest reply, thinking included [4096]")
+    add("--limit", type=int, help=f"only the first questions [{PUZZLES} puzzles, or all of --data]")
+    add("--layers", default="", help="FIRST-LAST, with --source attention [the middle half]")
+    add("--overlay", default="", help="folder for a picture of each map, with --source attention")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError where options contradict each other or a value is out of range."""
+    attention = args.source == "attention"
+    if (attention and args.api_base) or (args.overlay and not attention):
+        raise ValueError("--api-base is for --source expert, --overlay for --source attention")
+    numbers = [args.tries, args.parallel, args.timeout, args.max_new_tokens]
+    if args.limit is not None:
+        numbers.append(args.limit)
+    if min(numbers) <= 0:
+        raise ValueError(
+            "--tries, --parallel, --timeout, --max-new-tokens and --limit must be above 0"
+        )
+    parse_layers(args.layers)
+
+
+def parse_layers(text: str) -> tuple[int, int] | None:
+    """The layers of --layers, FIRST-LAST; None for an empty text: attention_hint has a default."""
+    if not text:
+        return None
+    numbers = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not numbers:
+        raise ValueError(f"--layers must be FIRST-LAST, such as 10-18, got {text!r}")
+    return int(numbers[1]), int(numbers[2])
+
+
+# -------------------------------------------------------------------------- the two ways of work
+def expert_work(args: argparse.Namespace) -> Callable[[Question], dict]:
+    """work for write_hints: an expert that is shown the answer writes the hint."""
+    if args.api_base:
+        ask = server_expert(args.api_base, args.model, args.timeout, args.max_new_tokens)
+    else:
+        ask = local_expert(args.model, args.max_new_tokens)
+
+    def work(question: Question) -> dict:
+        hint, rejected = build_hint(ask, question, args.tries)
+        return {"hint": asdict(hint) if hint else None, "rejected": rejected, "by": args.model}
+
+    return work
+
+
+def attention_work(args: argparse.Namespace) -> Callable[[Question], dict]:
+    """work for write_hints: the hint names the regions that the model itself looks at."""
+    processor, model = load_expert(args.model)
+    layers = parse_layers(args.layers)
+
+    def work(question: Question) -> dict:
+        hint, reasons, maps, boxes = attention_hint(model, processor, question, layers)
+        if args.overlay:
+            save_overlays(Path(args.overlay), question, maps, boxes)
+        return {
+            "hint": asdict(hint) if hint else None,
+            "rejected": [reasons] if reasons else [],
+            "boxes": boxes,
+            "by": f"attention of {args.model}",
+        }
+
+    return work
+
+
+def save_overlays(folder: Path, question: Question, maps: list[Tensor], boxes: list) -> None:
+    """Save one picture ID-N.png per image of the question, with its map and its boxes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file_name = re.sub(r"[^A-Za-z0-9-]", "_", question.id)
+    for number, (image, heat) in enumerate(zip(question.images, maps, strict=True)):
+        picture = overlay(open_image(image), heat, boxes[number])
+        picture.save(folder / f"{file_name}-{number}.png")
+
+
+def overlay(image: Image.Image, heat: Tensor, boxes: list[list[int]]) -> Image.Image:
+    """Lay the map over the image in red, the hotter the denser, and draw the boxes in blue.
+
+    heat (h, w): one value per cell, at least 0. boxes: (left, top, right, bottom) in pixels of the
+    image, right and bottom excluded.
+    """
+    strength = (160 * (heat / heat.max()).clamp(0, 1)).byte().numpy()
+    mask = Image.fromarray(strength, "L").resize(image.size, Image.Resampling.BILINEAR)
+    red = Image.new("RGB", image.size, (230, 30, 30))
+    picture = Image.composite(red, image.convert("RGB"), mask)
+    pen = ImageDraw.Draw(picture)
+    for left, top, right, bottom in boxes:
+        corners = [left, top, right - 1, bottom - 1]
+        pen.rectangle(corners, outline=(20, 60, 255), width=max(2, image.width // 150))
+    return picture
+
+
+# -------------------------------------------------------------------------------------- the run
+def results_table(records: dict[str, dict], wanted: int) -> str:
+    """The last lines of the command: acceptance per try, and the reasons of rejected replies.
+
+    records: as load_hints gives them. wanted: the number of questions asked for. A reply counts
+    once per kind of reason, however often it gave that reason.
+    """
+    tries, reasons = Counter(), Counter()
+    for record in records.values():
+        rejected = record.get("rejected", [])
+        if record["hint"]:
+            tries[len(rejected) + 1] += 1
+        for reply_reasons in rejected:
+            reasons.update({reason.partition(":")[0] for reason in reply_reasons})
+    with_hint = sum(tries.values())
+    per_try = ", ".join(f"{count} at try {number}" for number, count in sorted(tries.items()))
+    lines = [
+        f"questions {wanted}, with a hint {with_hint} ({per_try or 'none'}), "
+        f"left without {len(records) - with_hint}, "
+        f"not answered yet {max(0, wanted - len(records))}"
+    ]
+    if reasons:
+        lines += ["", f"{'replies rejected because':40s}{'replies':>8s}"]
+        lines += [f"{kind:40s}{count:8d}" for kind, count in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def read_questions(args: argparse.Namespace) -> list[Question]:
+    """The questions of --data, or built-in puzzles; at most --limit of them."""
+    if not args.data:
+        return world.puzzles("train", args.limit or PUZZLES)
+    questions = load_questions(args.data, split=args.split, image_dir=args.image_dir)
+    return questions[: args.limit]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the options, read the questions, build the hints, print the table -> exit status.
+
+    0: the run came to its end; 1: it stopped early. Exits with 2 where options or data are wrong.
+    """
+    args = parse_args(argv)
+    out = Path(args.out)
+    try:
+        check_args(args)
+        questions = read_questions(args)
         file, done = open_results(out)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"build_hints: error: {error}\n")
-    todo = [sample for sample in samples if sample.id not in done]
-    print(f"{len(samples)} questions, {len(samples) - len(todo)} of them in {out} already")
-    quiet_loading()
-    if attention:
-        processor, model = _load(args.model)
-        layers = tuple(map(int, layers.groups())) if args.layers else None
-
-        def work(sample: Question) -> dict:
-            hint, reasons, maps, boxes = attention_hint(model, processor, sample, layers)
-            for n, (image, heat, found) in enumerate(
-                zip(sample.images, maps, boxes) if args.overlay else ()
-            ):
-                Path(args.overlay).mkdir(parents=True, exist_ok=True)
-                overlay(open_image(image), heat, found).save(
-                    Path(args.overlay) / f"{re.sub(r'[^A-Za-z0-9-]', '_', sample.id)}-{n}.png"
-                )
-            return {
-                "hint": hint and asdict(hint),
-                "rejected": [reasons] if reasons else [],
-                "boxes": boxes,
-                "by": f"attention of {args.model}",
-            }
-    else:
-        ask = (
-            (
-                server_expert(args.api_base, args.model, args.timeout, args.max_new_tokens)
-                if args.api_base
-                else local_expert(args.model, args.max_new_tokens)
-            )
-            if todo
-            else None
-        )
-
-        def work(sample: Question) -> dict:
-            hint, rejected = build_hint(ask, sample, args.tries)
-            return {"hint": hint and asdict(hint), "rejected": rejected, "by": args.model}
-
+        print(f"build_hints: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    todo = [question for question in questions if question.id not in done]
+    print(f"{len(questions)} questions, {len(questions) - len(todo)} of them in {out} already")
+    work = None
+    if todo:  # with nothing to do, no model is loaded
+        quiet_loading()
+        work = attention_work(args) if args.source == "attention" else expert_work(args)
+    # Threads help where a server does the work; a local model works on one question at a time.
+    parallel = args.parallel if args.api_base else 1
     with file:
-        stopped = write_hints(todo, work, file, args.parallel if args.api_base else 1)
-    asked = {sample.id for sample in samples}
-    print(
-        results_table(
-            {key: record for key, record in load_hints(out).items() if key in asked}, len(samples)
-        )
-    )
+        stopped = write_hints(todo, work, file, parallel)
+    asked = {question.id for question in questions}
+    records = {key: record for key, record in load_hints(out).items() if key in asked}
+    print(results_table(records, len(questions)))
     if stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
     return 1 if stopped else 0

@@ -1,4 +1,7 @@
-"""A local model or a server as the hint writer."""
+"""The expert that writes hints: a local model, or a model behind a server.
+
+Each is a function `ask` for hints.build_hint.
+"""
 
 from __future__ import annotations
 
@@ -8,106 +11,139 @@ import os
 import time
 
 import torch
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import AutoModelForImageTextToText
 
 from hints import NoReply, Rejected
 from plumbing.images import load_processor, open_image
 from rollout import Question, encode_prompts, sample_groups
 
+TEMPERATURE = 0.7
+ATTEMPTS = 3  # requests per reply; between them the client waits 1 second, then 2
+NO_ACCESS = (401, 403, 404)  # HTTP statuses: every other question would fail in the same way
+TRY_AGAIN = (408, 409, 429)  # HTTP statuses: the same request may succeed later, as after any 5xx
+# HTTPError, OSError: no connection, or a time-out. The others: a body that is no chat reply.
+NO_CHAT_REPLY = (HTTPError, OSError, ValueError, TypeError, LookupError)
 
-def _load(path: str):
+
+def load_expert(path: str):
+    """Load a vision-language model by hub name or path, in eval mode -> (processor, model).
+
+    With a GPU the weights are bfloat16, without one they are float32.
+    """
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
     processor = load_processor(path)
-    device, dtype = (
-        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    )
-    return processor, AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(
-        device
-    ).eval()
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return processor, model.to(device).eval()
 
 
 def local_expert(path: str, max_new_tokens: int):
-    """`ask` for build_hint: a vision-language model by hub name or path."""
-    processor, model = _load(path)
+    """`ask` for build_hint: a vision-language model by hub name or path.
 
-    def ask(sample: Question, messages: list[dict]) -> str:
-        prompts = encode_prompts(processor, [sample], [messages])
+    ask(question, messages) returns the text of the reply. It raises Rejected where the reply
+    reaches max_new_tokens tokens.
+    """
+    processor, model = load_expert(path)
+
+    def ask(question: Question, messages: list[dict]) -> str:
+        prompts = encode_prompts(processor, [question], [messages])
+        # The prompt is part of the seed: a second try, with a longer chat, gets other draws.
+        seed = f"{question.id}-{prompts[0].ids.sum()}"
         [[reply]] = sample_groups(
             model,
             processor,
-            [sample],
+            [question],
             prompts,
             1,
             max_new_tokens=max_new_tokens,
-            temperature=0.7,
-            keys=[f"{sample.id}-{prompts[0].ids.sum()}"],
+            temperature=TEMPERATURE,
+            keys=[seed],
         )
         if reply.truncated:
-            raise Rejected(f"cut off: the reply reached {max_new_tokens} tokens")
+            raise _cut_off(max_new_tokens)
         return reply.text
 
     return ask
 
 
 def server_expert(base_url: str, model: str, timeout: float, max_new_tokens: int):
-    """`ask` for build_hint: a model behind an OpenAI-compatible server. Time-outs, 408, 409, 429, 5xx and lost connections are tried three times, then NoReply; 401,
-    403 and 404 raise ValueError, as no other question can fare better; any other status is Rejected.
+    """`ask` for build_hint: a model behind an OpenAI-compatible server.
 
-    TRAP: without a key of its own InferenceClient sends the user's saved Hugging Face token to whatever server this is.
+    timeout: seconds per request. ask(question, messages) returns the text of the reply. Time-outs,
+    lost connections, HTTP 408, 409, 429 and 5xx, and bodies that are no chat reply are tried
+    ATTEMPTS times. Then ask raises NoReply. HTTP 401, 403 and 404 raise ValueError, because every
+    other question would fail too. Any other HTTP error, an empty reply and a reply of
+    max_new_tokens tokens raise Rejected.
     """
-    from huggingface_hub import InferenceClient
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    # TRAP: without a key of its own, InferenceClient sends the user's saved Hugging Face token to
+    # whatever server this is.
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout)
+    options = {"model": model, "max_tokens": max_new_tokens, "temperature": TEMPERATURE}
 
-    client = InferenceClient(
-        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout
-    )
-
-    def part(piece: dict, images) -> dict:
-        if piece["type"] == "text":
-            return piece
-        data = io.BytesIO()
-        open_image(next(images)).save(data, "PNG")
-        return {
-            "type": "image_url",
-            "image_url": {
-                "url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-            },
-        }
-
-    def ask(sample: Question, messages: list[dict]) -> str:
-        images = iter(sample.images)
-        chat = [
-            {**turn, "content": [part(piece, images) for piece in turn["content"]]}
-            for turn in messages
-        ]
-        for attempt in range(3):
+    def ask(question: Question, messages: list[dict]) -> str:
+        chat = _chat_with_images(messages, question.images)
+        for attempt in range(ATTEMPTS):
+            if attempt > 0:
+                time.sleep(2 ** (attempt - 1))
             try:
-                choice = client.chat_completion(
-                    chat, model=model, max_tokens=max_new_tokens, temperature=0.7
-                ).choices[0]
+                choice = client.chat_completion(chat, **options).choices[0]
             except HfHubHTTPError as error:
-                status, failure = error.response.status_code, f"HTTP {error.response.status_code}"
-                if status in (401, 403, 404):
-                    raise ValueError(
-                        f"{base_url} answers {failure}: check --api-base, --model and the key in OPENAI_API_KEY"
-                    ) from None
-                if status not in (408, 409, 429) and status < 500:
-                    raise Rejected(f"refused by the server: {failure}") from None
-            except (
-                HTTPError,
-                OSError,
-                ValueError,
-                TypeError,
-                LookupError,
-            ) as error:  # no connection; a body that is no chat reply
+                failure = _temporary_failure(error.response.status_code, base_url)
+            except NO_CHAT_REPLY as error:
                 failure = type(error).__name__
             else:
-                if choice.finish_reason == "length":
-                    raise Rejected(f"cut off: the reply reached {max_new_tokens} tokens")
-                if not choice.message.content:
-                    raise Rejected("refused: an empty reply")
-                return choice.message.content
-            if attempt < 2:
-                time.sleep(2**attempt)
+                return _reply_text(choice, max_new_tokens)
         raise NoReply(failure)
 
     return ask
+
+
+def _chat_with_images(messages: list[dict], images: list) -> list[dict]:
+    """The chat as a server takes it: the n-th {"type": "image"} part becomes the n-th image."""
+    remaining = iter(images)
+
+    def server_part(part: dict) -> dict:
+        if part["type"] == "text":
+            return part
+        return {"type": "image_url", "image_url": {"url": _data_url(next(remaining))}}
+
+    return [
+        {**message, "content": [server_part(part) for part in message["content"]]}
+        for message in messages
+    ]
+
+
+def _data_url(image) -> str:
+    """An image (a path or a PIL image) as a data URL that holds a PNG."""
+    png = io.BytesIO()
+    open_image(image).save(png, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def _temporary_failure(status: int, base_url: str) -> str:
+    """The name of an HTTP failure that may pass. Raises ValueError or Rejected for any other."""
+    failure = f"HTTP {status}"
+    if status in NO_ACCESS:
+        raise ValueError(
+            f"{base_url} answers {failure}: check --api-base, --model and the key in OPENAI_API_KEY"
+        ) from None
+    if status not in TRY_AGAIN and status < 500:
+        raise Rejected(f"refused by the server: {failure}") from None
+    return failure
+
+
+def _reply_text(choice, max_new_tokens: int) -> str:
+    """The text of a chat completion's choice. Raises Rejected where it is cut off or empty."""
+    if choice.finish_reason == "length":
+        raise _cut_off(max_new_tokens)
+    if not choice.message.content:
+        raise Rejected("refused: an empty reply")
+    return choice.message.content
+
+
+def _cut_off(max_new_tokens: int) -> Rejected:
+    return Rejected(f"cut off: the reply reached {max_new_tokens} tokens")

@@ -4,50 +4,40 @@ import json
 import re
 
 import pytest
-from PIL import Image
+from test_build_hints import write_data
 
 from hints import Hint
 from plumbing.data import load_questions
 from plumbing.hint_file import join_hints, load_hints
 
 
-def write_data(folder, questions):
-    Image.new("RGB", (30, 20), "red").save(folder / "a.png")
-    (folder / "d.jsonl").write_text(
-        "".join(
-            json.dumps({"id": f"q{i}", "question": q, "answer": "7", "images": "a.png"}) + "\n"
-            for i, q in enumerate(questions)
-        )
-    )
-    return str(folder / "d.jsonl")
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_hints_join_by_id(tmp_path):
     write_data(tmp_path, ["one?", "two?", "three?"])
     path = tmp_path / "h.jsonl"
-    rows = [
-        {"id": "q1", "question": "two?", "hint": {"look": ["left"]}, "boxes": [[[0, 0, 9, 9]]]},
-        {"id": "q2", "hint": None},
-        {"id": "q7", "hint": "go on"},
-    ]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    samples = load_questions(tmp_path / "d.jsonl")
-    assert join_hints(samples, path) == 1 and [s.hint for s in samples] == [
-        None,
-        Hint(look=("left",)),
-        None,
-    ]
-    assert [s.boxes for s in samples] == [None, [[[0, 0, 9, 9]]], None]
-    path.write_text(json.dumps({**rows[0], "boxes": [[0, 0, 9, 9]]}) + "\n")
+    boxes = [[[0, 0, 9, 9]]]
+    joined = {"id": "q1", "question": "two?", "hint": {"look": ["left"]}, "boxes": boxes}
+    without_hint = {"id": "q2", "hint": None}
+    of_no_question = {"id": "q7", "hint": "go on"}
+    write_rows(path, [joined, without_hint, of_no_question])
+    questions = load_questions(tmp_path / "d.jsonl")
+    assert join_hints(questions, path) == 1
+    hints = [question.hint for question in questions]
+    assert hints == [None, Hint(look=("left",)), None]
+    assert [question.boxes for question in questions] == [None, boxes, None]
+    write_rows(path, [{**joined, "boxes": [[0, 0, 9, 9]]}])
     with pytest.raises(ValueError, match="h.jsonl: the hint of id 'q1': field 'boxes'"):
-        join_hints(samples, path)
-    path.write_text(json.dumps({**rows[0], "question": "zwei?"}) + "\n")
+        join_hints(questions, path)
+    write_rows(path, [{**joined, "question": "zwei?"}])
     with pytest.raises(ValueError, match="'q1' was written for another question: 'zwei"):
-        join_hints(samples, path)
+        join_hints(questions, path)
 
 
 @pytest.mark.parametrize(
-    "line,message",
+    "line, message",
     [
         ("{broken", ":2: "),
         ('{"id": "a"}', ":2: expected an object with id and hint"),
