@@ -1,46 +1,72 @@
-"""The losses of PTD-PO. torch only, nothing of ours imported: copy this file alone.
+"""The losses of PTD-PO (arXiv 2606.07000). Needs torch alone: copy this file into your project.
 
-    policy_loss      clipped ratio, token or sequence, with dual clip (PPO, GRPO, DAPO, GSPO)
-    k3_kl            the low-variance KL estimator
-    topk_jsd         Jensen-Shannon divergence on the union of both top-K sets plus an exact tail bucket (PTD-PO)
-    full_jsd         the same over the whole vocabulary: readable, exact, large
-    scores_from_hidden      log-prob, entropy and Top-K JSD from hidden states, in one pass over the vocabulary, a chunk of tokens at a time
+    weighted_sum        sum over tokens with one weight per response: all means of the paper
+    policy_loss         clipped policy-gradient loss per token                            Eq. 2, 3
+    k3_kl               estimate of the KL divergence to the reference per token          Eq. 3
+    full_jsd            Jensen-Shannon divergence over the whole vocabulary               Eq. 13
+    topk_jsd            the same on the union of both top-K sets and a tail               Eq. 14-17
+    scores_from_hidden  log-probability, entropy and topk_jsd from hidden states, chunk by chunk;
+                        the logits of all tokens are never in memory together
 
-Everything is per token and unreduced; `masked_mean` reduces. All arithmetic is float32 (float64 stays float64) whatever the
-input's type. Logits of -inf (banned tokens) are allowed everywhere.
+Each loss returns one value per token; `weighted_sum` reduces. All arithmetic is float32, whatever
+the type of the input (float64 stays float64). Logits of -inf (banned tokens) are allowed.
 
-The released PTD-PO code detaches p in p * (log p - log m) but differentiates m; the two terms of the divergence then cancel
-and the student's gradient is exactly zero. Here the gradient is the divergence's own (tests/test_losses.py shows both).
+Equation numbers are the paper's. Where the released code differs from the paper, the docstring
+says "release". Two differences matter most. The release takes the support from the student alone.
+And it detaches p in p (log p - log m) but differentiates m: the two halves of the divergence then
+cancel, and the student's gradient is exactly zero (shown in tests/test_losses.py). Here the
+gradient is the divergence's own.
 """
 
-from __future__ import annotations
-
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-NEG = -1e30  # stands for log 0: exp(NEG) is 0 in value and in gradient, and NEG - x is finite where -inf - -inf is not
+# Stands for log 0. exp(NEG) is 0 in value and in gradient. NEG - x is finite, where -inf - -inf
+# is NaN.
+NEG = -1e30
 
 
-def masked_mean(x: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Sum of x (any shape) where mask (same shape, bool) holds, over `denominator` (default: the number of such places).
+# -------------------------------------------------------------------------------------- reduction
+def weighted_sum(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """Sum of values (B, T) where mask (B, T) bool holds, each response's tokens times its weight.
 
-    The denominator is the aggregation. For x (B, T) of N responses in the whole step, with these the shares of micro-batches add up to
-        all tokens of the step       token mean (DAPO, arXiv 2503.14476)
-        N * mask.sum(1, True)        mean of the responses' own means, (B, 1): GRPO as published (arXiv 2402.03300), GSPO
-        N * longest response         fixed length (Dr. GRPO, arXiv 2503.20783)
-    An empty mask gives 0 with zero gradient. Values outside the mask may be anything, NaN included.
+    weights (B,), >= 0, one per response; detached. Values outside the mask and in rows of weight 0
+    are never read: they may be NaN or inf, and their gradient is 0. Returns a scalar.
+
+    Every mean of the paper, and of the methods close to it, is such a sum. With N responses in the
+    whole step and T_i tokens in response i, the weights are
+
+        1 / (N T_i)        mean per response, then over responses: Eq. 3 of the paper; also
+                           GRPO (arXiv 2402.03300) and GSPO (arXiv 2507.18071)
+        1 / sum_i T_i      mean over all tokens of the step: DAPO (arXiv 2503.14476)
+        1 / (N T_max)      fixed length: Dr. GRPO (arXiv 2503.20783); T_max is the longest response
+                           that the settings allow
+
+    The weights refer to the whole step. So the sums of its micro-batches and processes add up to
+    the mean, however the responses are spread.
     """
-    denominator = (
-        mask.sum() if denominator is None else torch.as_tensor(denominator, device=x.device)
-    )
-    return (x.masked_fill(~mask, 0) / denominator.clamp(min=1)).sum()
+    weights = weights.detach()
+    kept = mask & (weights > 0).unsqueeze(1)
+    return (values.masked_fill(~kept, 0) * weights.unsqueeze(1)).sum()
 
 
-# --------------------------------------------------------------------------------------------------------- policy gradient
+def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Sum of values where mask (same shape, bool) holds, over `denominator`; a scalar.
+
+    Default denominator: the number of kept values. A denominator is at least 1, so an empty mask
+    gives 0 with gradient 0. Values outside the mask are never read.
+    """
+    if denominator is None:
+        denominator = mask.sum()
+    denominator = torch.as_tensor(denominator, device=values.device)
+    return (values.masked_fill(~mask, 0) / denominator.clamp(min=1)).sum()
+
+
+# --------------------------------------------------------------------------------- policy gradient
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
@@ -52,54 +78,50 @@ def policy_loss(
     dual_clip: float | None = 3.0,
     ratio: str = "token",
 ) -> Tensor:
-    """Clipped surrogate, per token (B, T): -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) (PPO, arXiv 1707.06347).
+    """Clipped policy-gradient loss per token, (B, T): the negative of the min in Eq. 3.
 
-    logp, old_logp, advantages (B, T); mask (B, T) bool, the response's tokens; values outside it are not read.
-    Gradient flows through logp alone; old_logp and advantages are detached.
-    ratio "token": w = exp(logp - old_logp) (GRPO, arXiv 2402.03300). "sequence": one w a response, exp of the mean of logp - old_logp over
-    its tokens, repeated at each (GSPO, arXiv 2507.18071: use the sequence mean, and clip at 3e-4 and 4e-4).
-    dual_clip: where A < 0 the loss is at most dual_clip * |A|, however far the ratio has grown (arXiv 1912.09729); None: no such bound.
-    Asymmetric clipping as in DAPO (arXiv 2503.14476); the defaults are the released recipe's. Raises ValueError for another ratio.
+        -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),    rho = exp(logp - old_logp), Eq. 2
+
+    logp, old_logp, advantages (B, T); mask (B, T) bool: the response's tokens. Values of logp and
+    old_logp outside the mask are not read. The gradient flows through logp alone; old_logp and
+    advantages are detached. Raises ValueError for an unknown `ratio`.
+
+    clip_low, clip_high: the paper has one symmetric clip, without a number. The defaults 0.2 and
+    0.3 are the release's; two different bounds come from DAPO (arXiv 2503.14476).
+    dual_clip: where A < 0, the loss is at most dual_clip * |A|, however large rho is
+    (arXiv 1912.09729). None: no such bound. The paper has none; the default 3 is the release's.
+    ratio: "token" is Eq. 2. "sequence" is one ratio per response, exp of the mean of
+    logp - old_logp over its tokens (GSPO, arXiv 2507.18071); GSPO clips at 3e-4 and 4e-4.
     """
     if ratio not in ("token", "sequence"):
         raise ValueError(f"ratio must be token or sequence, got {ratio!r}")
     advantages = advantages.detach()
-    log_w = (logp - old_logp.detach()).masked_fill(
-        ~mask, 0
-    )  # before exp: 0 * inf in its backward is NaN
+    # TRAP: mask before exp. A value outside may be inf, and 0 * inf in exp's backward is NaN.
+    log_rho = (logp - old_logp.detach()).masked_fill(~mask, 0)
     if ratio == "sequence":
-        log_w = (log_w.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(
-            log_w
-        )
-    w = log_w.exp()
-    loss = torch.max(-w * advantages, -w.clamp(1 - clip_low, 1 + clip_high) * advantages)
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        log_rho = (log_rho.sum(1, keepdim=True) / lengths).expand_as(log_rho)
+    rho = log_rho.exp()
+    loss = torch.max(-rho * advantages, -rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss)
 
 
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(student || reference) per sampled token, >= 0: exp(d) - 1 - d with d = ref_logp - logp.
+    """Estimate of KL(student || reference) per sampled token, >= 0: exp(d) - 1 - d.
 
-    Unbiased in value when the tokens are the student's own samples (k3 of http://joschu.net/blog/kl-approx.html). Gradient through
-    logp; ref_logp is detached.
+    d = ref_logp - logp, any shape. Its expectation is the KL divergence when the tokens are the
+    student's own samples (k3 in http://joschu.net/blog/kl-approx.html; used by GRPO, arXiv
+    2402.03300). It stands for D_KL in Eq. 3. The gradient flows through logp; ref_logp is detached.
     """
-    d = ref_logp.detach() - logp
-    return torch.expm1(d) - d
+    difference = ref_logp.detach() - logp
+    return torch.expm1(difference) - difference
 
 
-# ---------------------------------------------------------------------------------------------------- from logits, per token
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) in float32 or better, with NEG for log 0."""
-    return F.log_softmax(_float(logits) / temperature, dim=-1).clamp(min=NEG)
-
-
+# ------------------------------------------------------------------------- from logits, per token
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities (...) of tokens ids (...) under logits (..., V)."""
+    """Log-probabilities (...) of tokens ids (...) under softmax(logits (..., V) / temperature)."""
     return _log_probs(logits, temperature).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
@@ -109,26 +131,18 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return log_a.exp() * (log_a - log_b)
-
-
-def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
-
-
-# Terms of D(p, q), one a bucket, of the student's and the teacher's log-probs. Differentiable in both, the mixture m included. The two KL
-# are for the ablation; they are unbounded (about 1e30) where one model gives 0 to what the other does not.
-DIVERGENCES = {"jsd": _jsd, "forward_kl": lambda log_p, log_q: _kl(log_q, log_p), "reverse_kl": _kl}
-SUPPORTS = ("union", "student", "teacher")
-
-
 def full_jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Jensen-Shannon divergence in nats, (..., V), (..., V) -> (...), in [0, ln 2]. The teacher is detached."""
-    return _jsd(
-        _log_probs(student_logits, temperature), _log_probs(teacher_logits.detach(), temperature)
-    ).sum(-1)
+    """Jensen-Shannon divergence in nats, Eq. 13: (..., V), (..., V) -> (...).
+
+        1/2 KL(q || m) + 1/2 KL(p || m),    m = (p + q) / 2,    p student, q teacher
+
+    It lies in [0, ln 2] (Eq. 43). The teacher is detached. The gradient in the student's logits z
+    is Eq. 42:
+    1/2 p_v (log(p_v / m_v) - E_{u ~ p} log(p_u / m_u)).
+    """
+    log_p = _log_probs(student_logits, temperature)
+    log_q = _log_probs(teacher_logits.detach(), temperature)
+    return _jsd(log_p, log_q).sum(-1)
 
 
 def topk_jsd(
@@ -140,68 +154,99 @@ def topk_jsd(
     divergence: str = "jsd",
     support: str = "union",
 ) -> Tensor:
-    """Top-K Jensen-Shannon divergence with a tail bucket, in nats: (..., V), (..., V) -> (...).
+    """Top-K Jensen-Shannon divergence in nats, Eq. 14-17: (..., V), (..., V) -> (...).
 
-    The support S is the union of the student's and the teacher's k most probable tokens. Both keep their exact probabilities on S
-    and put the rest of their mass into one extra bucket; the result is the JSD of these two (|S| + 1)-way distributions. So
-    0 <= topk_jsd <= full_jsd <= ln 2, and equality with full_jsd at k >= V. Its gradient in the student's logits is the divergence's
-    own (the choice of S is held fixed); the teacher is detached. The tutoring loss of PTD-PO, arXiv 2606.07000.
+    The support S is the union of the student's and the teacher's k most probable tokens. Both
+    models keep their exact probabilities on S; all their other mass goes into one more bucket, the
+    tail. The result is the JSD of these two (|S| + 1)-way distributions. Therefore
+    0 <= topk_jsd <= full_jsd <= ln 2 (Eq. 43, 62), and topk_jsd equals full_jsd if k >= V.
 
-    For ablations: divergence "forward_kl" is KL(teacher || student), "reverse_kl" KL(student || teacher), on the same buckets; support
-    "student" or "teacher" takes only that one's k tokens. Raises ValueError for k < 1, another name, or logits of different shapes.
+    The gradient is the divergence's own (Eq. 41, 42, on the buckets), with S held fixed; the
+    teacher is detached. Raises ValueError for k < 1, for an unknown `divergence` or `support`, and
+    for logits of different shapes.
+
+    Paper: JSD, union, k = 100. For ablations: "forward_kl" is KL(teacher || student) and
+    "reverse_kl" is KL(student || teacher) on the same buckets; support "student" (as the release)
+    or "teacher" takes the k tokens of that model alone.
     """
-    _check(k, divergence, support)
+    _check_options(k, divergence, support)
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in shape"
-        )
-    log_p, log_q = (
-        _log_probs(student_logits, temperature),
-        _log_probs(teacher_logits.detach(), temperature),
-    )
-    ids, first = _support(log_p, log_q, k, support)
-
-    def buckets(
-        x,
-    ):  # (..., V) -> (..., S + 1). The tail is exact: 1 - sum_S cancels to nothing where S holds nearly all mass
-        tail = x.scatter(-1, ids, NEG).logsumexp(-1, keepdim=True)
-        return torch.cat([x.gather(-1, ids).masked_fill(~first, NEG), tail], -1)
-
-    return DIVERGENCES[divergence](buckets(log_p), buckets(log_q)).sum(-1)
+        raise ValueError(f"logits differ in shape: {student_logits.shape}, {teacher_logits.shape}")
+    log_p = _log_probs(student_logits, temperature)
+    log_q = _log_probs(teacher_logits.detach(), temperature)
+    ids, is_duplicate = _topk_support(log_p, log_q, k, support)
+    buckets = [_bucket_log_probs(log_probs, ids, is_duplicate) for log_probs in (log_p, log_q)]
+    return DIVERGENCES[divergence](*buckets).sum(-1)
 
 
-def _check(k: int, divergence: str, support: str) -> None:
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) in float32 or better, with NEG for log 0."""
+    return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1).clamp(min=NEG)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Terms of KL(a || b), one per bucket."""
+    return log_a.exp() * (log_a - log_b)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Terms of Eq. 13. m is not detached, so that the gradient is Eq. 41 and 42."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+# The divergence's terms, one per bucket, from the log-probabilities of student and teacher. The two
+# KL are for ablations. Their gradients in the student's logits are Eq. 36 (forward): p - q, and
+# Eq. 38 (reverse): p_v (log p_v/q_v - E_p log p/q). They have no bound: about 1e30 where one model
+# gives probability 0 to a bucket and the other does not.
+DIVERGENCES = {"jsd": _jsd, "forward_kl": lambda log_p, log_q: _kl(log_q, log_p), "reverse_kl": _kl}
+SUPPORTS = ("union", "student", "teacher")
+
+
+def _check_options(k: int, divergence: str, support: str) -> None:
     if k < 1:
         raise ValueError(f"the Top-K divergence needs k >= 1, got {k}")
-    for name, value, allowed in (
-        ("divergence", divergence, DIVERGENCES),
-        ("support", support, SUPPORTS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, got {support!r}")
 
 
-def _support(student: Tensor, teacher: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
-    """Token ids (..., S) of the support, ascending, and a mask of the first of each: what both models chose stands there twice."""
-    chosen = [
-        x.detach().topk(min(k, x.shape[-1])).indices
-        for x, name in ((student, "student"), (teacher, "teacher"))
-        if support in (name, "union")
-    ]
-    ids = torch.cat(chosen, -1).sort(-1).values
-    return ids, torch.cat(
-        [torch.ones_like(ids[..., :1], dtype=torch.bool), ids[..., 1:] != ids[..., :-1]], -1
-    )
+def _topk_support(student: Tensor, teacher: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
+    """The support S of Eq. 14 from logits or log-probabilities (..., V): ids and is_duplicate.
 
-
-# ------------------------------------------------------------------------------------------------- from hidden states, chunked
-def chunk_tokens(vocab: int, logits_mb: float, dtype: torch.dtype = torch.float32) -> int:
-    """Tokens a chunk of scores_from_hidden so that its vocabulary-sized tensors stay within logits_mb MiB: logits_mb * 2^20 / (8 vocab).
-
-    8 bytes a token and vocabulary entry (16 in float64): two float32 tensors live at the worst moment, or one and two in half precision.
-    At least 1 token, however small the budget.
+    Both are (..., S). ids are ascending. A token that both models chose stands there twice, and
+    is_duplicate (bool) marks the second place; so all rows have the same width.
     """
-    return max(1, int(logits_mb * 2**20) // (vocab * (16 if dtype == torch.float64 else 8)))
+    models = {"union": (student, teacher), "student": (student,), "teacher": (teacher,)}[support]
+    chosen = [scores.topk(min(k, scores.shape[-1])).indices for scores in models]
+    ids = torch.cat(chosen, -1).sort(-1).values
+    return ids, F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+
+
+def _bucket_log_probs(log_probs: Tensor, ids: Tensor, is_duplicate: Tensor) -> Tensor:
+    """Eq. 15-17: log-probabilities (..., V) -> those of the support and of the tail (..., S + 1).
+
+    Paper: the tail is 1 - sum over S. Ours sums the tail itself: where S holds nearly all mass, the
+    difference would cancel to nothing.
+    """
+    at_support = log_probs.gather(-1, ids).masked_fill(is_duplicate, NEG)
+    tail = log_probs.scatter(-1, ids, NEG).logsumexp(-1, keepdim=True)
+    return torch.cat([at_support, tail], -1)
+
+
+# --------------------------------------------------------------------- from hidden states, chunked
+def chunk_tokens(vocab: int, logits_mb: float, dtype: torch.dtype = torch.float32) -> int:
+    """Tokens per chunk of scores_from_hidden, so that its (chunk, V) tensors fit in logits_mb MiB.
+
+    At the worst moment two float32 tensors are alive, or one float32 and two in half precision: 8
+    bytes per token and vocabulary entry (16 in float64). At least 1 token.
+    """
+    return max(1, int(logits_mb * 2**20) // (vocab * 2 * max(4, dtype.itemsize)))
 
 
 def scores_from_hidden(
@@ -218,199 +263,254 @@ def scores_from_hidden(
     support: str = "union",
     logits_mb: float = 512,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-token scores from hidden states without ever holding (N, V): -> log-prob, entropy, Top-K JSD, each (N,).
+    """Log-probability, entropy and Top-K JSD, each (N,), from hidden states of N tokens.
 
-    hidden (N, H): the student's states, one before each sampled token ids (N,). teacher_hidden (N, H'): the teacher's states at the
-    same tokens; None: no teacher, and None in place of the divergence. The heads are Linear layers over one vocabulary, with bias or
-    without; they may be one and the same, or tied to an embedding. banned: ids that could not be sampled, the padding of the vocabulary
-    beyond the tokenizer included: -inf in both. Under autocast the heads run in its type, as they would by themselves.
-    Gradient: hidden, and the head's weight and bias where they require it, through log-prob and JSD. Entropy and teacher are detached.
+    The same values as token_log_probs, entropy and topk_jsd of the logits, but the logits (N, V)
+    are never in memory together. So memory grows with N K, not with N V (Eq. 65, 66).
 
-    What it costs. Each head multiplies every token once, and all three scores come from that pass: both models' logits at the support S
-    and at the sampled token, the log-sum-exp of all others, and, while the student's probabilities are there, the mean of the head's
-    rows under them, which is that log-sum-exp's derivative. So backward to `hidden` recomputes nothing; of the teacher nothing is ever
-    recomputed. Only the gradient of the head's own weight, if it is trained, multiplies the student's head once more, chunk by chunk.
-    Memory: see scores_bytes. Raises ValueError as topk_jsd does or where the vocabularies differ, TypeError for another kind of head.
+    hidden (N, H): the student's state before each sampled token ids (N,). teacher_hidden (N, H'):
+    the teacher's states at the same tokens; None: no teacher, and the third result is None. The
+    heads are Linear layers over one vocabulary, with or without bias. They may be the same layer
+    or tied to an embedding. banned: token ids that cannot be sampled, also those that only pad the
+    vocabulary; both models get -inf there. Under autocast the heads compute in its type, as usual.
+
+    The gradient flows through log-probability and JSD to hidden and to the student's head, where
+    they require it. Entropy and teacher are detached. Raises ValueError as topk_jsd does and for
+    heads of different vocabularies, TypeError for a head that is no Linear layer.
+
+    Cost: each head multiplies each token once. That pass also yields the gradient in `hidden`, so
+    backward recomputes nothing for it. Only the gradient of a trained head multiplies the student's
+    head a second time. Memory: chunk_tokens for the logits; the rest depends on K and H.
     """
-    _check(k, divergence, support)
+    _check_options(k, divergence, support)
+    _check_heads(head, teacher_head)
+    device, dtype = hidden.device.type, head.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    teacher = None
+    if teacher_hidden is not None:
+        teacher = _Model(teacher_hidden, teacher_head.weight, teacher_head.bias, dtype)
+    chunk = chunk_tokens(len(head.weight), logits_mb, hidden.dtype)
+    with_grad = torch.is_grad_enabled()
+    settings = _Settings(k, divergence, support, temperature, banned, chunk, dtype, with_grad)
+    return _ScoresFromHidden.apply(hidden, head.weight, head.bias, ids, teacher, settings)
+
+
+def _check_heads(head: torch.nn.Module, teacher_head: torch.nn.Module | None) -> None:
     for layer in (head, teacher_head):
-        if layer is not None and not isinstance(layer, torch.nn.Linear):
-            raise TypeError(
-                f"scores_from_hidden needs the output heads as torch.nn.Linear, got {type(layer).__name__}"
-            )
-    teacher = (
-        None if teacher_hidden is None else (teacher_hidden, teacher_head.weight, teacher_head.bias)
-    )
-    if teacher is not None and head.weight.shape[0] != teacher_head.weight.shape[0]:
-        raise ValueError(
-            f"the heads' vocabularies differ: {head.weight.shape[0]} and {teacher_head.weight.shape[0]}"
-        )
-    settings = (
-        k,
-        divergence,
-        support,
-        temperature,
-        banned,
-        chunk_tokens(head.weight.shape[0], logits_mb, hidden.dtype),
-    )
-    return _ScoresFromHidden.apply(
-        hidden, head.weight, head.bias, ids, teacher, settings, torch.is_grad_enabled()
-    )
+        if not isinstance(layer, torch.nn.Linear | None):
+            raise TypeError(f"the heads must be torch.nn.Linear, got {type(layer).__name__}")
+    if teacher_head is not None and len(head.weight) != len(teacher_head.weight):
+        raise ValueError(f"vocabularies differ: {len(head.weight)} and {len(teacher_head.weight)}")
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor | None) -> Tensor:
-    logits = F.linear(hidden, weight, bias)
-    return logits if banned is None else logits.index_fill_(-1, banned, -math.inf)
+@dataclass(frozen=True)
+class _Settings:
+    """What forward and backward need beside tensors."""
+
+    k: int
+    divergence: str
+    support: str
+    temperature: float
+    banned: Tensor | None
+    chunk: int  # tokens per chunk
+    dtype: torch.dtype  # the heads multiply in it: autocast's where it is on, else the weight's own
+    with_grad: bool  # False under no_grad: nothing is kept for backward
 
 
-def _others(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of logits (n, V) over the temperature without ids (n, S), as e (n, V), 0 at ids, its sum (n, 1), and the log-sum-exp (n, 1).
+class _Model:
+    """The end of a model: hidden states (N, H) and the head's weight (V, H) and bias (V,) or None.
 
-    Overwrites `logits`, to hold no second copy. The sum is at least 1, also where ids leave nothing.
+    The head is cast to `dtype`, the type that it multiplies in.
     """
-    e = _float(logits.scatter_(-1, ids, -math.inf))
-    e = e if temperature == 1 else e.div_(temperature)
-    top = e.amax(-1, keepdim=True).clamp(min=NEG)
-    total = e.sub_(top).exp_().sum(-1, keepdim=True)
-    return e, total.clamp(min=1), (total.log() + top).clamp(min=NEG)
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        self.hidden, self.weight = hidden, weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def logits(self, rows: slice, banned: Tensor | None) -> Tensor:
+        """(n, V), with -inf at banned ids."""
+        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias)
+        return logits if banned is None else logits.index_fill_(-1, banned, -math.inf)
 
 
 class _ScoresFromHidden(torch.autograd.Function):
-    """scores_from_hidden. The vocabulary is cut into 1 + S + 1 buckets: the sampled token, the support without it, the rest as one.
+    """scores_from_hidden, chunk by chunk: vocabulary -> buckets -> scores.
 
-    All three scores are functions of the student's and the teacher's logits in these buckets (a log-sum-exp for the rest), and autograd
-    differentiates them there, on S numbers a token. What is done by hand is only from the buckets to the vocabulary:
-    d logit_s / d hidden = row s of the head; d logsumexp_rest / d hidden = the mean of the rest's rows under the student.
+    Each token's vocabulary is cut into B = 1 + S + 1 buckets: the sampled token, the support
+    without it, and all other tokens as one, the rest. All three scores are functions of the logits
+    of these buckets; autograd differentiates them there, on a few numbers per token. Only the step
+    from `hidden` to the buckets is differentiated by hand: d logit_s / d hidden is row s of the
+    head. The rest's logit is a log-sum-exp, so d logit_rest / d hidden is the mean of the rest's
+    rows under the student; forward computes it while the student's probabilities are in memory.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, teacher, settings, grad):
-        k, divergence, support, temperature, banned, chunk = settings
-        device, count = hidden.device.type, len(tokens)
-        half = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        )
-        real = torch.float64 if half == torch.float64 else torch.float32
-        cast, teacher = (
-            [None if x is None else x.to(half) for x in xs or ()]
-            for xs in ((weight, bias), teacher)
-        )
-        size = 2 + (min(k, len(weight)) * (2 if support == "union" else 1) if teacher else 0)
-        logp, entropies, jsd = hidden.new_empty(3, count, dtype=real)
-        # what backward needs of a token: the bucket's ids, logp's and jsd's gradients in the buckets, the mean row of the rest
-        ids = tokens.new_empty(count, size - 1)
-        in_buckets = (
-            [hidden.new_empty(count, size, dtype=real) for _ in range(2 if teacher else 1)]
-            if grad
-            else []
-        )
-        mean_rows = hidden.new_empty(hidden.shape if grad and ctx.needs_input_grad[0] else 0)
-        for a in range(0, count, chunk):
-            b = slice(a, a + chunk)
-            token = tokens[b].unsqueeze(-1)  # (n, 1)
-            with torch.autocast(device, enabled=False):
-                p = _logits(hidden[b].to(half), *cast, banned)  # (n, V)
-                q = _logits(teacher[0][b], *teacher[1:], banned) if teacher else None  # (n, V)
-                s, first = (
-                    _support(p, q, k, support) if teacher else (token[:, :0], token[:, :0].bool())
-                )
-                inside = (s == token).any(-1, keepdim=True)
-                live = torch.cat(
-                    [torch.ones_like(inside), first & (s != token)], -1
-                )  # an id's second place gets NEG
-                s = ids[b] = torch.cat([token, s], -1)  # (n, 1 + S)
-                z_p, z_q = (
-                    None
-                    if x is None
-                    else (_float(x.gather(-1, s)) / temperature)
-                    .masked_fill(~live, NEG)
-                    .clamp(min=NEG)
-                    for x in (p, q)
-                )
-                if teacher:
-                    e, _, log_rest = _others(q, s, temperature)
-                    z_q = torch.cat([z_q, log_rest], -1)  # (n, 1 + S + 1)
-                    del q, e
-                e, total, log_rest = _others(p, s, temperature)
-                z_p = torch.cat([z_p, log_rest], -1)  # (n, 1 + S + 1)
-                del p
-                spread = (
-                    total.log() + torch.special.entr(e).sum(-1, keepdim=True) / total
-                )  # entropy within the rest
-                if len(mean_rows):
-                    mean_rows[b] = e.div_(total).to(half) @ cast[0]  # (n, H)
-                del e
-            with torch.set_grad_enabled(bool(in_buckets)):
-                log_p = z_p.requires_grad_(bool(in_buckets)).log_softmax(-1)
-                scores = [log_p[:, 0]]
-                if teacher:
-                    # the sampled token is a bucket of the divergence only where the support holds it
-                    pair = [
-                        torch.cat(
-                            [
-                                x[:, :1].masked_fill(~inside, NEG),
-                                x[:, 1:-1],
-                                torch.where(
-                                    inside, x[:, -1:], torch.logaddexp(x[:, :1], x[:, -1:])
-                                ),
-                            ],
-                            -1,
-                        )
-                        for x in (log_p, z_q.log_softmax(-1))
-                    ]
-                    scores.append(DIVERGENCES[divergence](*pair).sum(-1))
-                for store, score in zip(in_buckets, scores):
-                    store[b] = torch.autograd.grad(score.sum(), z_p, retain_graph=True)[0]
-            log_p = log_p.detach()
-            logp[b], jsd[b] = log_p[:, 0], scores[-1].detach()
-            entropies[b] = (
-                log_p.exp() * (torch.cat([torch.zeros_like(z_p[:, 1:]), spread], -1) - log_p)
-            ).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, ids, mean_rows, banned, *in_buckets)
-        ctx.settings = temperature, chunk, half
-        ctx.mark_non_differentiable(entropies)
-        return logp, entropies, jsd if teacher else None
+    def forward(ctx, hidden, weight, bias, token_ids, teacher, settings):
+        student = _Model(hidden, weight, bias, settings.dtype)
+        inputs = token_ids, student, teacher, settings
+        with torch.autocast(hidden.device.type, enabled=False):
+            # allocated once, to the shapes of an empty chunk: joining chunks would hold all twice
+            empty = _score_chunk(slice(0, 0), *inputs)
+            out = {name: x.new_empty(len(hidden), *x.shape[1:]) for name, x in empty.items()}
+            for rows in _chunks(len(hidden), settings.chunk):
+                for name, values in _score_chunk(rows, *inputs).items():
+                    out[name][rows] = values
+        kept = [out.get(name) for name in ("ids", "d_logp", "d_jsd", "mean_rows")]
+        ctx.save_for_backward(hidden, weight, bias, *kept)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(out["entropy"])
+        return out["logp"], out["entropy"], out.get("jsd")
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_logp, _, d_jsd):
-        hidden, weight, bias, ids, mean_rows, banned, *in_buckets = ctx.saved_tensors
-        temperature, chunk, half = ctx.settings
-        grad = d_logp.unsqueeze(-1) * in_buckets[0]
-        if len(in_buckets) == 2:
-            grad.addcmul_(d_jsd.unsqueeze(-1), in_buckets[1])
-        grad /= temperature
-        at_ids, at_rest = grad[:, :-1], grad[:, -1:]
-        d_hidden = d_weight = d_bias = None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, _, grad_jsd):
+        hidden, weight, bias, ids, d_logp, d_jsd, mean_rows = ctx.saved_tensors
+        grad = grad_logp.unsqueeze(-1) * d_logp  # (N, B): d loss / d bucket logits
+        if d_jsd is not None:
+            grad.addcmul_(grad_jsd.unsqueeze(-1), d_jsd)
+        grad /= ctx.settings.temperature
+        grad_weight = grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                d_hidden = _float(
-                    F.embedding_bag(
-                        ids, weight, per_sample_weights=at_ids.to(weight.dtype), mode="sum"
-                    )
-                )
-                d_hidden = d_hidden.addcmul_(at_rest, _float(mean_rows)).to(hidden.dtype)
+            grad_hidden = _hidden_gradient(grad, ids, mean_rows, weight)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                # float32 or better: sums over chunks in half precision would lose small terms
-                d_weight, d_bias = (
-                    None if x is None else torch.zeros_like(x, dtype=grad.dtype)
-                    for x in (weight, bias)
-                )
-                cast = [None if x is None else x.to(half) for x in (weight, bias)]
-                for a in range(0, len(ids), chunk):
-                    b = slice(a, a + chunk)
-                    h = hidden[b].to(half)
-                    e, total, _ = _others(_logits(h, *cast, banned), ids[b], temperature)
-                    e = e.mul_(at_rest[b] / total).scatter_add_(
-                        -1, ids[b], at_ids[b]
-                    )  # (n, V): d loss / d logits
-                    if d_bias is not None:
-                        d_bias += e.sum(0)
-                    if half == grad.dtype:
-                        d_weight.addmm_(e.T, h)
-                    else:
-                        d_weight += e.to(half).T @ h
-                    del e  # before the next chunk's logits
-        d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = d_bias.to(bias.dtype) if ctx.needs_input_grad[2] else None
-        return d_hidden, d_weight, d_bias, None, None, None, None
+                student = _Model(hidden, weight, bias, ctx.settings.dtype)
+                grad_weight, grad_bias = _head_gradient(grad, ids, student, ctx.settings)
+        # autograd drops what an input does not need and casts the others to the input's type
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+# ------------------------------------------------------------------- forward, for a chunk of tokens
+def _score_chunk(
+    rows: slice, token_ids: Tensor, student: _Model, teacher: _Model | None, settings: _Settings
+) -> dict[str, Tensor]:
+    """The scores of the chunk's n tokens (n,), and what backward needs of them.
+
+    For backward: ids (n, 1 + S) of the buckets; d_logp and d_jsd (n, B), the gradients in the
+    student's bucket logits; mean_rows (n, H), the gradient of the rest's logit in the hidden state.
+
+    TRAP: at most two float32 tensors of (n, V) may be alive (see chunk_tokens). A name that still
+    holds one that is no longer needed costs a third. Hence each `del`, and hence functions that
+    overwrite.
+    """
+    token, temperature = token_ids[rows].unsqueeze(-1), settings.temperature  # token (n, 1)
+    p = student.logits(rows, settings.banned)  # (n, V)
+    teacher_buckets = None
+    if teacher is None:
+        ids, is_duplicate = token, torch.zeros_like(token, dtype=torch.bool)
+    else:
+        q = teacher.logits(rows, settings.banned)  # (n, V)
+        support, is_duplicate = _topk_support(p, q, settings.k, settings.support)
+        ids = torch.cat([token, support], -1)
+        is_duplicate = F.pad(is_duplicate | (support == token), (1, 0))
+        teacher_buckets, outside, _ = _bucket_logits_(q, ids, is_duplicate, temperature)
+        del q, outside
+    buckets, outside, total = _bucket_logits_(p, ids, is_duplicate, temperature)
+    del p
+    chunk = {"ids": ids, "entropy": _entropy(buckets, _entropy_of_rest(outside, total))}
+    if settings.with_grad:
+        chunk["mean_rows"] = outside.div_(total).to(settings.dtype) @ student.weight
+    del outside
+    with torch.set_grad_enabled(settings.with_grad):
+        buckets.requires_grad_(settings.with_grad)
+        scores = _bucket_scores(buckets, teacher_buckets, ids, settings.divergence)
+    if settings.with_grad:
+        for name, score in scores.items():
+            ones = torch.ones_like(score)
+            chunk[f"d_{name}"] = torch.autograd.grad(score, buckets, ones, retain_graph=True)[0]
+    return chunk | scores
+
+
+def _bucket_logits_(logits: Tensor, ids: Tensor, is_duplicate: Tensor, temperature: float) -> tuple:
+    """Logits (n, V) -> bucket logits (n, B) after temperature; outside and total of the rest.
+
+    A duplicate gets NEG, so that each token counts once. For outside and total see
+    `_softmax_outside_`. Overwrites `logits`.
+    """
+    at_ids = _at_least_float32(logits.gather(-1, ids)) / temperature
+    at_ids = at_ids.masked_fill(is_duplicate, NEG).clamp(min=NEG)
+    outside, total, log_sum_exp = _softmax_outside_(logits, ids, temperature)
+    return torch.cat([at_ids, log_sum_exp], -1), outside, total
+
+
+def _softmax_outside_(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Softmax of logits (n, V) / temperature over all tokens but ids (n, S): the rest.
+
+    Returns outside (n, V), which is 0 at ids; its sum total (n, 1), at least 1, also where ids
+    leave no token; and the log-sum-exp (n, 1). The softmax is outside / total. Overwrites `logits`,
+    so that there is no second copy.
+    """
+    outside = _at_least_float32(logits.scatter_(-1, ids, -math.inf)).div_(temperature)
+    largest = outside.amax(-1, keepdim=True).clamp(min=NEG)
+    total = outside.sub_(largest).exp_().sum(-1, keepdim=True)
+    return outside, total.clamp(min=1), (total.log() + largest).clamp(min=NEG)
+
+
+def _entropy_of_rest(outside: Tensor, total: Tensor) -> Tensor:
+    """Entropy (n, 1), in nats, of the softmax outside / total."""
+    return total.log() + torch.special.entr(outside).sum(-1, keepdim=True) / total
+
+
+def _entropy(buckets: Tensor, entropy_of_rest: Tensor) -> Tensor:
+    """Entropy (n,): the sum over the buckets (n, B) of p (entropy within the bucket - log p)."""
+    log_p = buckets.log_softmax(-1)
+    within = F.pad(entropy_of_rest, (log_p.shape[-1] - 1, 0))  # 0 in a bucket of one token
+    return (log_p.exp() * (within - log_p)).sum(-1)
+
+
+def _bucket_scores(student: Tensor, teacher: Tensor | None, ids: Tensor, divergence: str) -> dict:
+    """Log-probability of the sampled token and, with a teacher, JSD, each (n,).
+
+    student, teacher (n, B): bucket logits; ids (n, 1 + S). Differentiable in `student`.
+    """
+    log_p = student.log_softmax(-1)
+    if teacher is None:
+        return {"logp": log_p[:, 0]}
+    in_support = (ids[:, 1:] == ids[:, :1]).any(-1, keepdim=True)
+    pair = [_divergence_buckets(x, in_support) for x in (log_p, teacher.log_softmax(-1))]
+    return {"logp": log_p[:, 0], "jsd": DIVERGENCES[divergence](*pair).sum(-1)}
+
+
+def _divergence_buckets(log_probs: Tensor, in_support: Tensor) -> Tensor:
+    """The buckets of Eq. 14-17, (n, B): a sampled token outside the support joins the rest."""
+    token, support, rest = log_probs[:, :1], log_probs[:, 1:-1], log_probs[:, -1:]
+    tail = torch.where(in_support, rest, torch.logaddexp(token, rest))
+    return torch.cat([token.masked_fill(~in_support, NEG), support, tail], -1)
+
+
+# ------------------------------------------------- backward: from the buckets to states and head
+# grad (N, B): the loss's gradient in the bucket logits as the head gives them, before temperature.
+def _hidden_gradient(grad: Tensor, ids: Tensor, mean_rows: Tensor, weight: Tensor) -> Tensor:
+    """(N, H), in float32 or better: the head's rows at ids and the rest's mean row, weighted."""
+    at_ids, at_rest = grad[:, :-1].to(weight.dtype), grad[:, -1:]
+    # TRAP: nested, so that no name holds the half-precision sum beside its float32 copy
+    hidden = _at_least_float32(F.embedding_bag(ids, weight, per_sample_weights=at_ids, mode="sum"))
+    return hidden.addcmul_(at_rest, _at_least_float32(mean_rows))
+
+
+def _head_gradient(grad: Tensor, ids: Tensor, student: _Model, settings: _Settings) -> tuple:
+    """Gradients of the head's weight (V, H) and bias (V,) or None, summed over chunks.
+
+    The sums are in float32 or better: half precision would lose small terms.
+    """
+    at_ids, at_rest, temperature = grad[:, :-1], grad[:, -1:], settings.temperature
+    of_weight = torch.zeros_like(student.weight, dtype=grad.dtype)
+    of_bias = None if student.bias is None else torch.zeros_like(student.bias, dtype=grad.dtype)
+    for rows in _chunks(len(ids), settings.chunk):
+        at, hidden = ids[rows], student.hidden[rows].to(settings.dtype)
+        # TRAP: nested, so that no name holds half-precision logits beside their float32 copy
+        rest, total, _ = _softmax_outside_(student.logits(rows, settings.banned), at, temperature)
+        # the rest's gradient is spread over its tokens by their softmax
+        of_logits = rest.mul_(at_rest[rows] / total).scatter_add_(-1, at, at_ids[rows])
+        if of_bias is not None:
+            of_bias += of_logits.sum(0)
+        if settings.dtype == of_weight.dtype:
+            of_weight.addmm_(of_logits.T, hidden)
+        else:
+            of_weight += of_logits.to(settings.dtype).T @ hidden
+        del rest, of_logits  # TRAP: (n, V), else alive beside the next chunk's logits
+    return of_weight, of_bias
