@@ -15,7 +15,7 @@ Equation numbers are the paper's. Where the released code differs from the paper
 says "release". Two differences matter most. The release takes the support from the student alone.
 And it detaches p in p (log p - log m) but differentiates m: the two halves of the divergence then
 cancel, and the student's gradient is exactly zero (shown in tests/test_losses.py). Here the
-gradient is the divergence's own.
+gradient is the divergence's own, as the paper derives it (Eq. 36, 38, 41, 42).
 """
 
 import math
@@ -40,11 +40,13 @@ def weighted_sum(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     Every mean of the paper, and of the methods close to it, is such a sum. With N responses in the
     whole step and T_i tokens in response i, the weights are
 
-        1 / (N T_i)        mean per response, then over responses: Eq. 3 of the paper; also
-                           GRPO (arXiv 2402.03300) and GSPO (arXiv 2507.18071)
-        1 / sum_i T_i      mean over all tokens of the step: DAPO (arXiv 2503.14476)
-        1 / (N T_max)      fixed length: Dr. GRPO (arXiv 2503.20783); T_max is the longest response
-                           that the settings allow
+        1 / (N T_i)     mean per response, then over responses: Eq. 3 of the paper; also GRPO
+                        (arXiv 2402.03300) and GSPO (arXiv 2507.18071)
+        1 / sum_i T_i   mean over all tokens of the step: DAPO (arXiv 2503.14476)
+        1 / (N T_max)   fixed length: Dr. GRPO (arXiv 2503.20783); T_max is the longest response
+                        that the settings allow
+        1 / (M |F|)     mean over the tutored tokens F of a question, then over the M questions of
+                        the step: Eq. 11; weight 0 for a response that is not tutored
 
     The weights refer to the whole step. So the sums of its micro-batches and processes add up to
     the mean, however the responses are spread.
@@ -137,8 +139,7 @@ def full_jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
         1/2 KL(q || m) + 1/2 KL(p || m),    m = (p + q) / 2,    p student, q teacher
 
     It lies in [0, ln 2] (Eq. 43). The teacher is detached. The gradient in the student's logits z
-    is Eq. 42:
-    1/2 p_v (log(p_v / m_v) - E_{u ~ p} log(p_u / m_u)).
+    is Eq. 42: 1/2 p_v (log(p_v / m_v) - E_{u ~ p} log(p_u / m_u)).
     """
     log_p = _log_probs(student_logits, temperature)
     log_q = _log_probs(teacher_logits.detach(), temperature)
