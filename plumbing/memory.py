@@ -25,32 +25,35 @@ def scores_bytes(
     train_head: bool = True,
     cast_heads: int = 0,
 ) -> int:
-    """Peak memory of scores_from_hidden' forward and backward with a teacher, on top of its inputs, in bytes, as a sum of its tensors' sizes.
+    """Peak memory in bytes of scores_from_hidden with a teacher, forward and backward.
 
-    tokens N, hidden H, vocab V; dtype: what the heads compute in; cast_heads: how many heads autocast must cast to it (float32 masters).
-    train_head: the gradient of the head's weight is formed, (V, H) float32; in half precision each chunk's share stands beside it.
+    It is a sum of tensor sizes and leaves out the inputs. tokens N, hidden H, vocab V. dtype: the
+    type in which the heads multiply. cast_heads: the number of heads that autocast casts to it,
+    because their own weights are float32. train_head: backward forms the gradient of the head's
+    weight, (V, H) in float32; in half precision each chunk's product stands beside it.
     """
-    half, real = dtype.itemsize, max(4, dtype.itemsize)
-    chunk, support = min(tokens, chunk_tokens(vocab, logits_mb, dtype)), 2 * min(k, vocab) + 2
-    cast = cast_heads * vocab * hidden * half
-    kept = tokens * (
-        support * (8 + 2 * real) + hidden * half
-    )  # ids, two gradients in the buckets, mean rows
-    forward = (
-        cast + kept + chunk * (vocab * 2 * real + support * 32)
-    )  # 32: a chunk's ids and logits in the buckets
-    share = 0 if half == real else half  # copies in half precision
-    backward = kept + tokens * (support * 2 * real + hidden * (real if half == real else 2 * real))
-    if train_head:
-        backward = max(
-            backward,
-            cast // max(1, cast_heads)
-            + kept
-            + tokens * (support + hidden) * real
-            + vocab * hidden * (real + share)
-            + chunk * vocab * (real + share),
-        )
-    return max(forward, backward)
+    product = dtype.itemsize  # bytes per number that a head multiplies or gives
+    real = max(4, product)  # all other numbers: float32 or better
+    half_precision = product < real
+    chunk = min(tokens, chunk_tokens(vocab, logits_mb, dtype))
+    buckets = 2 * min(k, vocab) + 2  # the sampled token, both top-K sets, the rest
+    one_cast_head = vocab * hidden * product
+    ids, gradients, mean_rows = 8 * buckets, 2 * real * buckets, product * hidden  # per token
+    kept = tokens * (ids + gradients + mean_rows)
+
+    logits = chunk * vocab * 2 * real
+    chunk_buckets = chunk * buckets * 32  # ids and logits in the buckets, as they are computed
+    forward = cast_heads * one_cast_head + kept + logits + chunk_buckets
+
+    copies = 2 if half_precision else 1  # of the gradient in the hidden states
+    hidden_step = kept + tokens * (buckets * 2 * real + hidden * copies * real)
+    if not train_head:
+        return max(forward, hidden_step)
+    cast = one_cast_head if cast_heads else 0
+    width = real + product if half_precision else real  # float32 and its half-precision copy
+    gradients_before = tokens * (buckets + hidden) * real
+    head_step = cast + kept + gradients_before + vocab * hidden * width + chunk * vocab * width
+    return max(forward, hidden_step, head_step)
 
 
 def sequence_bytes(model, length: int) -> int:

@@ -14,45 +14,48 @@ from toy import world
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sizes of the storages of at least `least` bytes that operations have made and nobody has dropped: now, and at the worst moment."""
+    """Bytes of the storages that operations have made and nobody has dropped: `now` and `peak`.
+
+    Storages of `inputs` and those smaller than `least` bytes do not count.
+    """
 
     def __init__(self, inputs, least):
         super().__init__()
-        self.least, self.now, self.peak, self.known = (
-            least,
-            0,
-            0,
-            weakref.WeakSet(x.untyped_storage() for x in inputs),
-        )
-        self.inputs = [x.untyped_storage() for x in inputs]
+        self.least, self.now, self.peak = least, 0, 0
+        self.inputs = [x.untyped_storage() for x in inputs]  # held, so that `known` keeps them
+        self.known = weakref.WeakSet(self.inputs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
-            if storage is not None and storage.nbytes() >= self.least and storage not in self.known:
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, storage.nbytes())
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf.untyped_storage())
         return out
+
+    def count(self, storage):
+        size = storage.nbytes()
+        if size < self.least or storage in self.known:
+            return
+        self.known.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, size)
 
     def drop(self, size):
         self.now -= size
 
 
 def live_peak(tokens, hidden, vocab, k, logits_mb, dtype, train_head, least=0):
-    student, other = (
-        torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(train_head)
-        for _ in range(2)
-    )
-    h, g = (
-        torch.randn(tokens, hidden, dtype=dtype, requires_grad=True),
-        torch.randn(tokens, hidden, dtype=dtype),
-    )
+    """Measured peak of scores_from_hidden, forward and backward, in bytes."""
+    student = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(train_head)
+    teacher = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(train_head)
+    states = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    teacher_states = torch.randn(tokens, hidden, dtype=dtype)
     ids = torch.randint(0, vocab, (tokens,))
-    with LiveBytes([h, g, ids, student.weight, other.weight], least) as live:
-        logp, _, jsd = scores_from_hidden(h, student, ids, g, other, k=k, logits_mb=logits_mb)
+    with LiveBytes([states, teacher_states, ids, student.weight, teacher.weight], least) as live:
+        logp, _, jsd = scores_from_hidden(
+            states, student, ids, teacher_states, teacher, k=k, logits_mb=logits_mb
+        )
         (logp.sum() + jsd.sum()).backward()
     return live.peak
 
@@ -69,23 +72,20 @@ def test_predicted_memory_is_the_tensors_own(
     predicted = scores_bytes(
         tokens, hidden, vocab, k=k, logits_mb=logits_mb, dtype=dtype, train_head=train_head
     )
-    assert live_peak(tokens, hidden, vocab, k, logits_mb, dtype, train_head) == pytest.approx(
-        predicted, rel=0.05
-    )
+    measured = live_peak(tokens, hidden, vocab, k, logits_mb, dtype, train_head)
+    assert measured == pytest.approx(predicted, rel=0.05)
 
 
 def test_vocabulary_sized_tensors_stay_within_the_budget_however_many_tokens():
-    peaks = [
-        live_peak(tokens, 8, 20_000, 5, 3.5, torch.float32, False, least=20_000 * 4)
-        for tokens in (22, 50, 400)
-    ]
-    chunk = chunk_tokens(20_000, 3.5)
-    assert chunk == 22 and peaks == [chunk * 20_000 * 8] * 3 and peaks[0] <= 3.5 * 2**20
-    assert (
-        chunk_tokens(151_936, 0.001) == 1
-        and chunk_tokens(151_936, 512) == 441
-        and chunk_tokens(151_936, 512, torch.float64) == 220
-    )
+    vocab, logits_mb = 20_000, 3.5
+    chunk = chunk_tokens(vocab, logits_mb)
+    assert chunk == 22
+    for tokens in (22, 50, 400):
+        peak = live_peak(tokens, 8, vocab, 5, logits_mb, torch.float32, False, least=vocab * 4)
+        assert peak == chunk * vocab * 8 <= logits_mb * 2**20
+    assert chunk_tokens(151_936, 0.001) == 1
+    assert chunk_tokens(151_936, 512) == 441
+    assert chunk_tokens(151_936, 512, torch.float64) == 220
 
 
 def test_sequence_bytes_is_the_cache_s_size(tiny):
