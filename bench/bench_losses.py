@@ -1,14 +1,18 @@
-"""Memory, time and error of divergences between two output heads: ours against the peers', each in a process of its own.
+"""Memory, time and error of divergences between two output heads: ours and other libraries'.
 
     python -m pip install -r bench/requirements.txt
-    python bench/bench_losses.py                         # T 512, H 1536, V 151,936 (Qwen2-VL-2B's head); 15 minutes on 2 cores, 14 GiB
-    python bench/bench_losses.py --sweep                 # extra peak memory against T as well
-    python bench/bench_losses.py --figure docs/losses_memory.png       # draw the sweep that has been measured
+    python bench/bench_losses.py            # 15 minutes on 2 cores, 14 GiB
+    python bench/bench_losses.py --sweep    # extra peak memory against T as well
+    python bench/bench_losses.py --figure docs/losses_memory.png    # draw the measured sweep
 
-From hidden states (T, H) of student and teacher, with a head each, to the scalar mean over tokens and its gradient in the student's
-states. On a GPU: bfloat16, T 4096 and 8192. Extra peak memory is what forward and backward take on top of states and heads: on a CPU the
-process's resident high-water mark, on a GPU the allocator's. Errors are against float64 of the same quantity, computed here apart in
-probability space. Every finished run adds a line to bench/results/losses.jsonl.
+T 512, H 1536, V 151,936 (the head of Qwen2-VL-2B); on a GPU: bfloat16, T 4096 and 8192. Each
+contender runs in its own process.
+
+A contender takes hidden states (T, H) of student and teacher and their heads. It gives the mean
+divergence over tokens and its gradient in the student's states. Extra peak memory is what forward
+and backward take beside states and heads: on a CPU the process's resident high-water mark, on a GPU
+the allocator's. Errors are against float64 values of the same quantity, computed here separately in
+probability space. Each finished run adds a line to bench/results/losses.jsonl.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,13 +44,11 @@ LOGITS_MB = 512 if GPU else 160
 SWEEP = (128, 256, 512, 1024, 2048)
 
 
-# ------------------------------------------------------------------------------------------------------------- contenders
-# name -> (what its error is measured against, function of (states, head, teacher's states, teacher's head) -> mean loss)
+# ------------------------------------------------------------------------------------- contenders
+# Each: student's states h, student's head, teacher's states g, teacher's head -> mean loss.
 def plain_full(h, head, g, teacher):
-    log_p, log_q = (
-        F.linear(h, head).float().log_softmax(-1),
-        F.linear(g, teacher).detach().float().log_softmax(-1),
-    )
+    log_p = F.linear(h, head).float().log_softmax(-1)
+    log_q = F.linear(g, teacher).detach().float().log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean()
 
@@ -64,10 +67,9 @@ def trl_generalized(h, head, g, teacher):
 def trl_chunked(h, head, g, teacher):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    ones = torch.ones(1, len(h), dtype=torch.long, device=h.device)
-    return _chunked_divergence_loss(h.unsqueeze(0), g.unsqueeze(0), head, teacher, ones, beta=0.5)[
-        0
-    ]
+    mask = torch.ones(1, len(h), dtype=torch.long, device=h.device)
+    states, teacher_states = h.unsqueeze(0), g.unsqueeze(0)
+    return _chunked_divergence_loss(states, teacher_states, head, teacher, mask, beta=0.5)[0]
 
 
 def trl_sdpo(h, head, g, teacher):
@@ -85,7 +87,8 @@ def trl_sdpo(h, head, g, teacher):
 def liger_chunked(h, head, g, teacher):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # as many tokens a chunk as ours; it always forms the head's gradient. Not compiled: a compiler's own memory would be counted
+    # As many tokens per chunk as ours. It always forms the head's gradient. Not compiled, because
+    # the compiler's own memory would count.
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False, chunk_size=ours_chunk()
     )
@@ -102,21 +105,23 @@ def liger_triton(h, head, g, teacher):
 
 
 def released(h, head, g, teacher):
-    """The released PTD-PO formula, re-derived from a description of what it does: the student's top-K alone; a teacher probability outside
-    the teacher's own top-K guessed as its tail spread over 150,000 tokens; p detached as a weight, the mixture not."""
+    """The release's formula, re-derived from a description of what it does.
+
+    The support is the student's top K alone. A teacher probability outside the teacher's own top K
+    is guessed: the teacher's tail, spread over 150,000 tokens. p is detached as a weight, the
+    mixture is not.
+    """
     top = F.linear(h, head).float().log_softmax(-1).topk(K)
+    log_p, p = top.values, top.values.exp()
     with torch.no_grad():
         q_top = F.linear(g, teacher).float().log_softmax(-1).topk(K)
-        guess = (1 - q_top.values.exp().sum(-1, keepdim=True)).clamp(min=0) / 150_000
+        q_values = q_top.values.exp()
+        guess = (1 - q_values.sum(-1, keepdim=True)).clamp(min=0) / 150_000
         same = top.indices.unsqueeze(-1) == q_top.indices.unsqueeze(-2)  # (T, K, K)
-        q = torch.where(same.any(-1), (same * q_top.values.exp().unsqueeze(-2)).sum(-1), guess)
-    log_m = ((top.values.exp() + q) / 2).log()
-    return (
-        0.5
-        * (top.values.exp().detach() * (top.values - log_m) + torch.special.xlogy(q, q) - q * log_m)
-        .sum(-1)
-        .mean()
-    )
+        q = torch.where(same.any(-1), (same * q_values.unsqueeze(-2)).sum(-1), guess)
+    log_m = ((p + q) / 2).log()
+    terms = p.detach() * (log_p - log_m) + torch.special.xlogy(q, q) - q * log_m
+    return 0.5 * terms.sum(-1).mean()
 
 
 def ours_plain(h, head, g, teacher):
@@ -142,6 +147,7 @@ def ours_chunk() -> int:
     return chunk_tokens(VOCAB, LOGITS_MB)
 
 
+# name -> (the support of the divergence that its error is measured against, the function)
 CONTENDERS = {
     "full JSD, plain torch": ("full", plain_full),
     "TRL generalized_jsd_loss": ("full", trl_generalized),
@@ -152,36 +158,38 @@ CONTENDERS = {
     "ours, topk_jsd on logits": ("union", ours_plain),
     "ours, scores_from_hidden": ("union", ours_chunked),
 }
-for mb in () if GPU else (64, 512):
-    CONTENDERS[f"ours, scores_from_hidden, {mb} MiB"] = (
-        "union",
-        functools.partial(ours_chunked, logits_mb=mb),
-    )
 if GPU:
     CONTENDERS["Liger JSD (Triton)"] = ("full", liger_triton)
+else:
+    for mb in (64, 512):
+        contender = functools.partial(ours_chunked, logits_mb=mb)
+        CONTENDERS[f"ours, scores_from_hidden, {mb} MiB"] = ("union", contender)
 BASE, OURS = "full JSD, plain torch", "ours, scores_from_hidden"
-SWEPT = [
-    BASE,
-    "TRL generalized_jsd_loss",
-    "TRL SDPO top-K + tail",
-    "Liger chunked JSD",
-    "TRL chunked divergence",
-    OURS,
-]
+SWEPT = {  # name -> colour in the figure
+    BASE: "#1f77b4",
+    "TRL generalized_jsd_loss": "#ff7f0e",
+    "TRL SDPO top-K + tail": "#2ca02c",
+    "Liger chunked JSD": "#7f7f7f",
+    "TRL chunked divergence": "#9467bd",
+    OURS: "#c03a2b",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------- one run
 def inputs(tokens: int):
-    """Student's and teacher's states and heads. Logits have a standard deviation of 6: a few tokens hold most of the mass, as in a language model."""
+    """States and heads: student's states, its head, teacher's states, its head.
+
+    Logits have a standard deviation of 6, so that a few tokens hold nearly all mass, as in a
+    language model.
+    """
     device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-    make = torch.Generator().manual_seed(0)
-    head = (torch.randn(VOCAB, HIDDEN, generator=make) * 6 / math.sqrt(HIDDEN)).to(device, dtype)
-    teacher = (
-        head.float()
-        + 0.3 * torch.randn(VOCAB, HIDDEN, generator=make).to(device) * 6 / math.sqrt(HIDDEN)
-    ).to(dtype)
-    h = torch.randn(tokens, HIDDEN, generator=make)
-    g = (0.95 * h + 0.3 * torch.randn(tokens, HIDDEN, generator=make)).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    root = math.sqrt(HIDDEN)
+    head = (torch.randn(VOCAB, HIDDEN, generator=generator) * 6 / root).to(device, dtype)
+    noise = 0.3 * torch.randn(VOCAB, HIDDEN, generator=generator).to(device) * 6 / root
+    teacher = (head.float() + noise).to(dtype)
+    h = torch.randn(tokens, HIDDEN, generator=generator)
+    g = (0.95 * h + 0.3 * torch.randn(tokens, HIDDEN, generator=generator)).to(device, dtype)
     return h.to(device, dtype).requires_grad_(), head, g, teacher
 
 
@@ -196,10 +204,8 @@ def high_water(reset: bool = False) -> float:
     if reset:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    return (
-        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        / 1024
-    )
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
 
 
 def run(name: str, tokens: int, train_head: bool, repeats: int, save: str | None) -> dict:
@@ -207,9 +213,8 @@ def run(name: str, tokens: int, train_head: bool, repeats: int, save: str | None
     loss = CONTENDERS[name][1]
     h, head, g, teacher = inputs(tokens)
     head.requires_grad_(train_head)
-    loss(
-        h[:4].detach().requires_grad_(), head.detach(), g[:4], teacher
-    ).backward()  # imports, thread pools, autotuning
+    # warms up: imports, thread pools, autotuning
+    loss(h[:4].detach().requires_grad_(), head.detach(), g[:4], teacher).backward()
     peaks, seconds = [], []
     for _ in range(repeats):
         h.grad = head.grad = None
@@ -232,115 +237,90 @@ def run(name: str, tokens: int, train_head: bool, repeats: int, save: str | None
     if name == OURS:
         from plumbing.memory import scores_bytes
 
-        row["predicted_mib"] = round(
-            scores_bytes(
-                tokens,
-                HIDDEN,
-                VOCAB,
-                k=K,
-                logits_mb=LOGITS_MB,
-                dtype=head.dtype,
-                train_head=train_head,
-            )
-            / 2**20,
-            1,
-        )
+        options = dict(k=K, logits_mb=LOGITS_MB, dtype=head.dtype, train_head=train_head)
+        row["predicted_mib"] = round(scores_bytes(tokens, HIDDEN, VOCAB, **options) / 2**20, 1)
     return row
 
 
 def references(tokens: int, save: str) -> None:
-    """Float64 value and gradient of three divergences, in probability space, with boolean masks; no code of ours."""
+    """Saves value and gradient of three divergences: float64, probability space, boolean masks.
+
+    The three supports are "full", "student" and "union". No code of losses.py is used.
+    """
     h, head, g, teacher = (x.detach().double() for x in inputs(tokens))
-    out = {
-        kind: {"value": 0.0, "grad": torch.zeros(tokens, HIDDEN, dtype=torch.float64)}
-        for kind in ("full", "student", "union")
-    }
-
-    def jsd(p, q):
-        m = (p + q) / 2
-        return 0.5 * (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum()
-
-    for a in range(0, tokens, 32):
-        p, q = (h[a : a + 32] @ head.T).softmax(-1), (g[a : a + 32] @ teacher.T).softmax(-1)
-        p_top, q_top = (
-            torch.zeros_like(x, dtype=torch.bool).scatter_(-1, x.topk(K).indices, True)
-            for x in (p, q)
-        )
-        for kind, mask in (
-            ("full", torch.ones_like(p_top)),
-            ("student", p_top),
-            ("union", p_top | q_top),
-        ):
+    out = {}
+    for support in ("full", "student", "union"):
+        gradient = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
+        out[support] = {"value": 0.0, "grad": gradient}
+    for start in range(0, tokens, 32):
+        rows = slice(start, start + 32)
+        p, q = (h[rows] @ head.T).softmax(-1), (g[rows] @ teacher.T).softmax(-1)
+        p_top, q_top = top_mask(p), top_mask(q)
+        masks = {"full": torch.ones_like(p_top), "student": p_top, "union": p_top | q_top}
+        for support, mask in masks.items():
             x = p.detach().requires_grad_()
-            value = jsd(x.masked_fill(~mask, 0) + 1e-300, q.masked_fill(~mask, 0) + 1e-300)
-            if kind != "full":
-                value = value + jsd(x.masked_fill(mask, 0).sum(-1), q.masked_fill(mask, 0).sum(-1))
+            value = bucket_jsd(x, q, mask)
             d_p = torch.autograd.grad(value, x)[0]
             d_logits = p * (d_p - (p * d_p).sum(-1, keepdim=True)) / tokens
-            out[kind]["value"] += value.item() / tokens
-            out[kind]["grad"][a : a + 32] = (d_logits @ head).cpu()
+            out[support]["value"] += value.item() / tokens
+            out[support]["grad"][rows] = (d_logits @ head).cpu()
     torch.save(out, save)
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
+def top_mask(probs):
+    """True at each row's K largest."""
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, probs.topk(K).indices, True)
+
+
+def bucket_jsd(p, q, mask):
+    """Sum over rows of the JSD of p and q, on the tokens of the mask and a tail of the others."""
+    value = jsd(p.masked_fill(~mask, 0) + 1e-300, q.masked_fill(~mask, 0) + 1e-300)
+    if mask.all():
+        return value
+    return value + jsd(p.masked_fill(mask, 0).sum(-1), q.masked_fill(mask, 0).sum(-1))
+
+
+def jsd(p, q):
+    m = (p + q) / 2
+    return 0.5 * (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum()
+
+
+# ----------------------------------------------------------------------------------------- report
 def machine(*packages: str) -> str:
     """What the numbers were measured on: device, Python, torch, and the packages' versions."""
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores {platform.machine()}"
-    return ", ".join(
-        [
-            device,
-            f"Python {platform.python_version()}",
-            f"torch {torch.__version__}",
-            *(f"{name} {importlib.metadata.version(name)}" for name in packages),
-        ]
-    )
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    python = f"Python {platform.python_version()}"
+    return ", ".join([device, python, f"torch {torch.__version__}", *versions])
 
 
 def child(*arguments) -> str:
-    # a fixed threshold: blocks of over 1 MiB go back to the system when freed, so that resident memory is what tensors hold
+    """Standard output of this file in a new process."""
+    # A fixed threshold: blocks of over 1 MiB go back to the system when they are freed, so that
+    # resident memory is what tensors hold.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    return subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    ).stdout
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
 
 
 def measure(
     tokens: int, train_head: bool, names: list[str], repeats: int, errors: dict | None
 ) -> list[dict]:
-    """One process a contender, one after the other."""
+    """Runs the contenders, one process after the other; adds their rows to the results."""
     rows = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "out.pt"
-            row = json.loads(
-                child(
-                    "--run",
-                    name,
-                    "--tokens",
-                    tokens,
-                    "--repeats",
-                    repeats,
-                    "--save",
-                    saved,
-                    *["--train-head"] * train_head,
-                ).splitlines()[-1]
-            )
+            arguments = ["--run", name, "--tokens", tokens, "--repeats", repeats, "--save", saved]
+            if train_head:
+                arguments.append("--train-head")
+            row = json.loads(child(*arguments).splitlines()[-1])
             if errors is not None:
-                got, own, full = torch.load(saved), errors[CONTENDERS[name][0]], errors["full"]
-                grad = got["grad"].double()
-                row["value_error"] = abs(got["value"] - own["value"])
-                row["grad_error"] = ((grad - own["grad"]).norm() / own["grad"].norm()).item()
-                row["cosine"] = F.cosine_similarity(
-                    grad.flatten(), full["grad"].flatten(), dim=0
-                ).item()
+                result, support = torch.load(saved), CONTENDERS[name][0]
+                row.update(compare(result, errors[support], errors["full"]["grad"]))
         row["machine"] = machine("trl", "liger-kernel")
-        print(
-            f"  {name}: {row['mib']:.0f} MiB, {row['seconds']:.2f} s", file=sys.stderr, flush=True
-        )
+        message = f"  {name}: {row['mib']:.0f} MiB, {row['seconds']:.2f} s"
+        print(message, file=sys.stderr, flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -348,25 +328,47 @@ def measure(
     return rows
 
 
+def compare(result: dict, own: dict, full_gradient: torch.Tensor) -> dict:
+    """Errors against the divergence that the contender computes; cosine to the full JSD's."""
+    gradient = result["grad"].double()
+    cosine = F.cosine_similarity(gradient.flatten(), full_gradient.flatten(), dim=0)
+    return {
+        "value_error": abs(result["value"] - own["value"]),
+        "grad_error": ((gradient - own["grad"]).norm() / own["grad"].norm()).item(),
+        "cosine": cosine.item(),
+    }
+
+
+HEADER = (
+    "| | extra peak, MiB | times ours | forward + backward, s | / plain full JSD | value error "
+    "| gradient error | cosine to full JSD's gradient |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: each contender beside ours."""
-    ours, base = (next(r for r in rows if r["name"] == name) for name in (OURS, BASE))
+    by_name = {row["name"]: row for row in rows}
+    ours, base = by_name[OURS], by_name[BASE]
+    state = "trained" if ours["train_head"] else "frozen"
     lines = [
-        f"T {ours['tokens']}, H {HIDDEN}, V {VOCAB:,}, K {K}, head {'trained' if ours['train_head'] else 'frozen'}, "
-        f"--logits-mb {LOGITS_MB} ({ours_chunk()} tokens a chunk; scores_bytes predicts {ours['predicted_mib']:.0f} MiB). "
-        f"{ours['machine']}.",
+        f"T {ours['tokens']}, H {HIDDEN}, V {VOCAB:,}, K {K}, head {state}, "
+        f"--logits-mb {LOGITS_MB} ({ours_chunk()} tokens per chunk; "
+        f"scores_bytes predicts {ours['predicted_mib']:.0f} MiB). {ours['machine']}.",
         "",
-        "| | extra peak, MiB | times ours | forward + backward, s | / plain full JSD | value error | gradient error | cosine to full JSD's gradient |",
-        "|---|---|---|---|---|---|---|---|",
+        HEADER,
     ]
-    for r in rows:
-        errors = "".join(
-            f" {r[key]:{form}} |" if key in r else " |"
-            for key, form in (("value_error", ".0e"), ("grad_error", ".0e"), ("cosine", ".3f"))
-        )
-        lines.append(
-            f"| {r['name']} | {r['mib']:.0f} | {r['mib'] / ours['mib']:.1f} | {r['seconds']:.2f} | {r['seconds'] / base['seconds']:.2f} |{errors}"
-        )
+    formats = {"value_error": ".0e", "grad_error": ".0e", "cosine": ".3f"}
+    for row in rows:
+        cells = [
+            row["name"],
+            f"{row['mib']:.0f}",
+            f"{row['mib'] / ours['mib']:.1f}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / base['seconds']:.2f}",
+            *(f"{row[key]:{form}}" if key in row else "" for key, form in formats.items()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -379,37 +381,27 @@ def figure(path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {
-        (r["name"], r["tokens"]): r for r in map(json.loads, open(RESULTS)) if not r["train_head"]
-    }
+    points = {name: {} for name in SWEPT}  # name -> T -> MiB
+    for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        # scores_from_hidden was named head_scores when the first rows were measured
+        name = row["name"].replace("head_scores", "scores_from_hidden")
+        if name in SWEPT and row["tokens"] in SWEEP and not row["train_head"]:
+            points[name][row["tokens"]] = row["mib"]
     fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    colors = dict(zip(SWEPT, ("#1f77b4", "#ff7f0e", "#2ca02c", "#7f7f7f", "#9467bd", "#c03a2b")))
-    for name in SWEPT:
-        points = sorted((t, r["mib"]) for (n, t), r in rows.items() if n == name and t in SWEEP)
-        ours = name == OURS
-        ax.plot(
-            *zip(*points),
-            marker="o",
-            lw=3 if ours else 1.5,
-            color=colors[name],
-            zorder=3 if ours else 2,
-        )
-        ax.annotate(
-            f" {name}", points[-1], va="center", fontsize=9, weight="bold" if ours else "normal"
-        )
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="response tokens T",
-        ylabel="extra peak memory, MiB",
-        title="Divergence of two heads, forward and backward: ours hardly grows with T",
-    )
-    ax.set_xticks(SWEEP, [f"{t:,}" for t in SWEEP])
+    for name, color in SWEPT.items():
+        line = sorted(points[name].items())
+        width, weight, order = (3, "bold", 3) if name == OURS else (1.5, "normal", 2)
+        tokens, mib = zip(*line, strict=True)
+        ax.plot(tokens, mib, marker="o", lw=width, color=color, zorder=order)
+        ax.annotate(f" {name}", line[-1], va="center", fontsize=9, weight=weight)
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlabel("response tokens T")
+    ax.set_ylabel("extra peak memory, MiB")
+    ax.set_title("Divergence of two heads, forward and backward: ours hardly grows with T")
+    ax.set_xticks(SWEEP, [f"{tokens:,}" for tokens in SWEEP])
     ax.set_xlim(SWEEP[0] * 0.9, SWEEP[-1] * 4.5)
-    ax.set_yticks(
-        [200, 500, 1000, 2000, 5000, 10_000, 20_000],
-        ["200", "500", "1,000", "2,000", "5,000", "10,000", "20,000"],
-    )
+    mib_ticks = [200, 500, 1000, 2000, 5000, 10_000, 20_000]
+    ax.set_yticks(mib_ticks, [f"{mib:,}" for mib in mib_ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -418,43 +410,43 @@ def figure(path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--sweep",
-        action="store_true",
-        help=f"also T of {', '.join(map(str, SWEEP))} with the head frozen",
-    )
-    parser.add_argument(
-        "--figure", metavar="PNG", help="draw the sweep and stop (needs matplotlib)"
-    )
-    parser.add_argument(
-        "--only", help="only contenders whose name holds this, beside ours and the plain one"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="forward + backward passes; the best counts"
-    )
-    for hidden in ("--run", "--save", "--references"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    sweep = f"also T of {', '.join(map(str, SWEEP))} with the head frozen"
+    only = "only contenders whose name holds this, beside ours and the plain one"
+    repeats = "forward + backward passes; the best counts"
+    figure_help = "draw the sweep and stop (needs matplotlib)"
+    parser.add_argument("--sweep", action="store_true", help=sweep)
+    parser.add_argument("--figure", metavar="PNG", help=figure_help)
+    parser.add_argument("--only", help=only)
+    parser.add_argument("--repeats", type=int, default=2, help=repeats)
+    for option in ("--run", "--save", "--references"):  # for the processes that this one starts
+        parser.add_argument(option, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--train-head", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        return print(
-            json.dumps(run(args.run, args.tokens, args.train_head, args.repeats, args.save))
-        )
-    if args.references:
-        return references(args.tokens, args.references)
-    if args.figure:
-        return figure(args.figure)
-    names = [n for n in CONTENDERS if not args.only or args.only in n or n in (BASE, OURS)]
+        row = run(args.run, args.tokens, args.train_head, args.repeats, args.save)
+        print(json.dumps(row))
+    elif args.references:
+        references(args.tokens, args.references)
+    elif args.figure:
+        figure(args.figure)
+    else:
+        compare_all(args.only, args.repeats, args.sweep)
+
+
+def compare_all(only: str | None, repeats: int, sweep: bool) -> None:
+    """Measures the contenders and prints the tables."""
+    names = [name for name in CONTENDERS if not only or only in name or name in (BASE, OURS)]
+    with_head = [n for n in names if n == BASE or "chunked" in n or "scores_from_hidden" in n]
     for tokens in (4096, 8192) if GPU else (512,):
         with tempfile.TemporaryDirectory() as folder:
             child("--references", Path(folder) / "exact.pt", "--tokens", tokens)
             errors = torch.load(Path(folder) / "exact.pt")
-        print("\n" + table(measure(tokens, False, names, args.repeats, errors)), flush=True)
-        trained = [n for n in names if n == BASE or "chunked" in n or "scores_from_hidden" in n]
-        print("\n" + table(measure(tokens, True, trained, args.repeats, errors)), flush=True)
-    for tokens in SWEEP if args.sweep else ():
-        measure(tokens, False, SWEPT, 1, None)
+        print("\n" + table(measure(tokens, False, names, repeats, errors)), flush=True)
+        print("\n" + table(measure(tokens, True, with_head, repeats, errors)), flush=True)
+    if sweep:
+        for tokens in SWEEP:
+            measure(tokens, False, list(SWEPT), 1, None)
 
 
 if __name__ == "__main__":
