@@ -1,37 +1,45 @@
 """The privileged side: what the teacher may read and the student never does.
 
-A hint says where to look, what to ignore and how to reason, never the answer. It comes with the data, from an expert that is shown the answer
-(`build_hint`), or from the frozen model's own attention (`attention_maps`); `find_spoilers` says why one must not be used;
-`teacher_messages` is the student's own prompt, same images, same format instruction, with the hint added to the user turn.
+A hint says where to look, what to ignore and how to reason, never the answer (paper 2.3). It comes
+with the data, from an expert model that is shown the answer (`build_hint`), or from the frozen
+model's own attention (`attention_hint`). `teacher_messages` is the student's own chat, with the
+same images and the same format instruction, plus the hint. plumbing.spoilers says why a hint must
+not be used.
 
-    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL        # an expert behind an OpenAI-compatible server
-    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME_OR_PATH               # a local vision-language model as the expert
-    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME_OR_PATH --source attention        # no expert: where the model itself looks
-    python train.py --data D.jsonl --hints hints.jsonl ...
-
-Run it again to go on where it stopped. Each line of the output is one question: its hint, or null with the reasons.
+    python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from plumbing.images import open_image
+from plumbing.places import ORDINALS, in_pixels, place_words, regions
 from plumbing.spoilers import find_spoilers
-from rollout import Question, collate, encode_prompts, response_states, student_messages, user_turn
+from rollout import (
+    Question,
+    chat,
+    collate,
+    encode_prompts,
+    response_states,
+    student_messages,
+    user_turn,
+)
 
 
-# ------------------------------------------------------------------------------------------------------------------- hints
+# ------------------------------------------------------------------------------------------- hints
 @dataclass(frozen=True)
 class Hint:
-    """Privileged guidance in three parts, each a tuple of short phrases (any part may be empty, not all).
+    """Privileged guidance in three parts; each is a tuple of short phrases, and one is not empty.
 
-    look: regions, objects and relations to attend to; ignore: distractors; steps: high-level directions, in order.
+    look: regions, objects and relations to attend to. ignore: distractors. steps: high-level
+    directions, in order. Raises ValueError for anything else.
     """
 
     look: tuple[str, ...] = ()
@@ -41,46 +49,44 @@ class Hint:
     def __post_init__(self):
         for part in ("look", "ignore", "steps"):
             phrases = getattr(self, part)
-            if isinstance(phrases, str) or not all(
-                isinstance(p, str) and p.strip() for p in phrases
-            ):
+            is_text = isinstance(phrases, str)
+            if is_text or not all(isinstance(p, str) and p.strip() for p in phrases):
                 raise ValueError(
                     f"hint field {part!r} must be a list of non-empty texts, got {phrases!r}"
                 )
-            if any(
-                "<image>" in p or "<|" in p for p in phrases
-            ):  # they would change how many images the prompt has
+            # they would change how many images the prompt has
+            if any("<image>" in phrase or "<|" in phrase for phrase in phrases):
                 raise ValueError(f"hint field {part!r} holds a special token: {phrases!r}")
-            object.__setattr__(self, part, tuple(p.strip() for p in phrases))
+            object.__setattr__(self, part, tuple(phrase.strip() for phrase in phrases))
         if not (self.look or self.ignore or self.steps):
             raise ValueError("a hint needs at least one of look, ignore, steps")
 
-    def render(self) -> str:
-        """The hint as the teacher reads it. The only template there is."""
-        parts = (("Look at", self.look), ("Ignore", self.ignore), ("Steps", self.steps))
-        return "\n".join(
-            ["Hint:"]
-            + [
-                f"- {name}: {'; '.join(p.rstrip('.') for p in phrases)}."
-                for name, phrases in parts
-                if phrases
-            ]
-        )
-
     @property
     def text(self) -> str:
-        """All phrases, for the spoiler check."""
+        """All phrases in one line, for the spoiler check."""
         return "; ".join((*self.look, *self.ignore, *self.steps))
+
+    def render(self) -> str:
+        """The hint as the teacher reads it. There is no other template."""
+        lines = ["Hint:"]
+        for name, phrases in (
+            ("Look at", self.look),
+            ("Ignore", self.ignore),
+            ("Steps", self.steps),
+        ):
+            if phrases:
+                lines.append(f"- {name}: {'; '.join(phrase.rstrip('.') for phrase in phrases)}.")
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """One line of JSON with the three lists."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, value: str | dict) -> "Hint":
-        """From an object (or its JSON text) with look, ignore, steps; any other text is taken as one step.
+    def from_json(cls, value: str | dict) -> Hint:
+        """From an object (or its JSON text) with look, ignore, steps; another text is one step.
 
-        Raises ValueError naming the field that is wrong.
+        Raises ValueError that names the wrong field.
         """
         if isinstance(value, str):
             if not value.lstrip().startswith("{"):
@@ -88,61 +94,68 @@ class Hint:
             value = json.loads(value)
         if not isinstance(value, dict):
             raise ValueError(
-                f"a hint is a text or an object with look, ignore, steps; got {type(value).__name__}"
+                "a hint is a text or an object with look, ignore, steps; "
+                f"got {type(value).__name__}"
             )
-        unknown = set(value) - {"look", "ignore", "steps"}
+        unknown = sorted(set(value) - {"look", "ignore", "steps"})
         if unknown:
-            raise ValueError(
-                f"unknown hint field {sorted(unknown)[0]!r}; known: look, ignore, steps"
-            )
+            raise ValueError(f"unknown hint field {unknown[0]!r}; known: look, ignore, steps")
         if not all(isinstance(part, (list, tuple)) for part in value.values()):
             raise ValueError("hint fields look, ignore and steps are lists of texts")
         return cls(**{name: tuple(part) for name, part in value.items()})
 
 
-# What the teacher reads instead of a hint, for the paper's comparisons; "none": the student's own prompt
+# What the teacher reads besides the question. All but "hint" are for the paper's comparisons;
+# "none" is the student's own chat.
 CONTEXTS = ("hint", "answer", "solution", "none")
 
 
-def teacher_messages(sample: Question, context: str = "hint") -> list[dict] | None:
-    """The teacher's prompt: the student's, images and format instruction included, with `context` in the user turn. None where the sample
-    lacks what the context needs: it is then never tutored."""
-    text = {
-        "hint": sample.hint and sample.hint.render(),
-        "answer": f"The answer is {sample.answer}.",
-        "solution": sample.solution and f"A solution: {sample.solution}",
-        "none": "",
-    }[context]
-    return None if text is None else student_messages(sample, text)
+def teacher_messages(question: Question, context: str = "hint") -> list[dict] | None:
+    """The teacher's chat x^h = [x; h] (Eq. 9): the student's, plus the chosen context.
+
+    None where the question lacks what the context needs: it is then never tutored.
+    """
+    if context == "none":
+        return student_messages(question)
+    if context == "answer":
+        return chat(question, f"The answer is {question.answer}.")
+    if context == "solution":
+        return chat(question, f"A solution: {question.solution}") if question.solution else None
+    return chat(question, question.hint.render()) if question.hint else None
 
 
-def screen_hints(samples: list[Question], tokenizer, max_tokens: int) -> dict[str, list[str]]:
-    """Take from the samples every hint that holds a spoiler or is longer than max_tokens: -> the ids, by reason. Never cuts a hint."""
+def screen_hints(questions: list[Question], tokenizer, max_tokens: int) -> dict[str, list[str]]:
+    """Take away every hint that holds a spoiler or is longer than max_tokens; none is cut.
+
+    Returns the questions' ids by reason. A question without a hint stays and is never tutored.
+    """
     dropped = {"spoilers": [], "too long": []}
-    for sample in samples:
-        if sample.hint and find_spoilers(
-            sample.hint.text, sample.text, sample.answer, sample.choices
-        ):
-            dropped["spoilers"].append(sample.id)
-        elif sample.hint and len(tokenizer(sample.hint.render())["input_ids"]) > max_tokens:
-            dropped["too long"].append(sample.id)
+    for question in questions:
+        if question.hint is None:
+            continue
+        if find_spoilers(question.hint.text, question.text, question.answer, question.choices):
+            reason = "spoilers"
+        elif len(tokenizer(question.hint.render())["input_ids"]) > max_tokens:
+            reason = "too long"
         else:
             continue
-        sample.hint = None
+        dropped[reason].append(question.id)
+        question.hint = None
     return dropped
 
 
-# ---------------------------------------------------------------------------------------------------------- the spoiler check
-
-
-# ------------------------------------------------------------------------------------------------------- hints from an expert
-INSTRUCTION = """You write hints for a tutor. You are shown a picture, a question and its verified answer. The answer is for your eyes
-only: whoever reads the hint must still have to find it. Reply with one JSON object and nothing else:
+# --------------------------------------------------------------------------- hints from an expert
+INSTRUCTION = """\
+You write hints for a tutor. You are shown a picture, a question and its verified answer. The answer
+is for your eyes only: whoever reads the hint must still have to find it. Reply with one JSON object
+and nothing else:
 {"look": [...], "ignore": [...], "steps": [...]}
-look: one to three phrases, the regions, objects and relations that matter. ignore: up to three phrases, what distracts. steps: one to
-four phrases in order, what to compare, read or count; directions, not a worked solution. Imperative, 40 to 150 words in all.
-Never write: the answer or any part of it, in any form; an option's letter or text; a count, value or intermediate result that you
-found; the name of an object if that name is the answer; "the answer is". A number that stands in the question may be cited."""
+look: one to three phrases, the regions, objects and relations that matter. ignore: up to three
+phrases, what distracts. steps: one to four phrases in order, what to compare, read or count;
+directions, not a worked solution. Imperative, 40 to 150 words in all.
+Never write: the answer or any part of it, in any form; an option's letter or text; a count, value
+or intermediate result that you found; the name of an object if that name is the answer; "the answer
+is". A number that stands in the question may be cited."""
 LONGEST_HINT = 200  # words; the instruction asks for at most 150
 
 
@@ -154,9 +167,17 @@ class NoReply(Exception):
     """The expert could not be reached; nothing was learnt about this question."""
 
 
+def without_thinking(reply: str) -> str:
+    """A reply without its closed thinking."""
+    return reply.rpartition("</think>")[2].strip()
+
+
 def parse_reply(reply: str) -> Hint:
-    """The hint in an expert's reply: a JSON object, alone or in a code fence, behind any closed thinking. Raises Rejected."""
-    text = reply.rpartition("</think>")[2].strip()
+    """The hint in an expert's reply. Raises Rejected.
+
+    The reply is a JSON object, alone or in a code fence, behind any closed thinking.
+    """
+    text = without_thinking(reply)
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.S)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -168,205 +189,146 @@ def parse_reply(reply: str) -> Hint:
         hint = Hint.from_json(value)
     except (ValueError, TypeError) as error:
         raise Rejected(f"wrong fields: {error}") from None
-    if (words := len(hint.render().split())) > LONGEST_HINT:
+    words = len(hint.render().split())
+    if words > LONGEST_HINT:
         raise Rejected(f"too long: {words} words")
     return hint
 
 
-def build_hint(ask, sample: Question, max_tries: int = 3) -> tuple[Hint | None, list[list[str]]]:
-    """Ask an expert for a hint until one passes: -> the hint, or None after max_tries, and for each rejected reply its reasons.
+def build_hint(
+    ask: Callable[[Question, list[dict]], str], question: Question, max_tries: int = 3
+) -> tuple[Hint | None, list[list[str]]]:
+    """Ask an expert for a hint until one passes; None after max_tries. Also the reasons, per reply.
 
-    ask(sample, messages) -> reply text; messages are a chat with {"type": "image"} parts. It may raise Rejected (a refusal, a reply cut
-    off), which costs a try, or NoReply, which is passed on. After a rejection the chat goes on with the reasons. PAPER: hints are built
-    offline, the answer is private to the builder, and what breaks a rule is asked for again.
+    ask(question, chat) -> reply text. The chat has {"type": "image"} parts. `ask` may raise
+    Rejected (a refusal, a reply that is cut off), which costs a try, or NoReply, which is passed
+    on. After a rejection the chat goes on with the reasons. The paper builds hints offline, keeps
+    the answer private to the builder, and makes a hint that breaks a rule again (2.3, appendix C).
     """
-    task = f"{INSTRUCTION}\n\nQuestion: {sample.text}\n"
-    task += "".join(f"({chr(65 + i)}) {choice}\n" for i, choice in enumerate(sample.choices or ()))
-    messages, rejected = (
-        [user_turn(sample, f"{task}Verified answer (never in the hint): {sample.answer}")],
-        [],
-    )
+    options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(question.choices or ())]
+    task = "\n".join([INSTRUCTION, "", f"Question: {question.text}", *options])
+    task += f"\nVerified answer (never in the hint): {question.answer}"
+    messages, rejected = [user_turn(question, task)], []
     for _ in range(max_tries):
         reply = ""
         try:
-            reply = ask(sample, messages)
+            reply = ask(question, messages)
             hint = parse_reply(reply)
-            if not (found := find_spoilers(hint.text, sample.text, sample.answer, sample.choices)):
-                return hint, rejected
+            reasons = find_spoilers(hint.text, question.text, question.answer, question.choices)
         except Rejected as reason:
-            found = [str(reason)]
-        rejected.append(found)
-        again = {
-            "role": "user",
-            "content": [
-                {
-                    "type": "text",
-                    "text": f"Rejected: {'; '.join(found)}. Write the JSON object anew, by the rules.",
-                }
-            ],
-        }
-        said = {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": reply.rpartition("</think>")[2].strip() or "(nothing)"}
-            ],
-        }
-        messages = [*messages[:1], said, again]
+            reasons = [str(reason)]
+        if not reasons:
+            return hint, rejected
+        rejected.append(reasons)
+        messages = [messages[0], *_ask_again(reply, reasons)]
     return None, rejected
 
 
-# ---------------------------------------------------------------------------------------------- hints from the model's attention
+def _ask_again(reply: str, reasons: list[str]) -> list[dict]:
+    """The rejected reply and the request for another one, as two turns."""
+    said = without_thinking(reply) or "(nothing)"
+    request = f"Rejected: {'; '.join(reasons)}. Write the JSON object anew, by the rules."
+    return [
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        {"role": "user", "content": [{"type": "text", "text": request}]},
+    ]
+
+
+# ----------------------------------------------------------------- hints from the model's attention
 @torch.no_grad()
 def attention_maps(
-    model, processor, sample: Question, layers: tuple[int, int] | None = None
+    model, processor, question: Question, layers: tuple[int, int] | None = None
 ) -> list[Tensor]:
-    """Where the model looks when it reads question and answer: one map (h, w) an image, a cell a visual token, the mean over cells 1.
+    """Where the model looks when it reads question and answer: one map (h, w) per image.
 
-    Attention from the answer's tokens to the image's, averaged over tokens, heads and `layers` (first, last; default: the middle half),
-    divided by the same for a neutral question: what any prompt draws, borders above all, cancels (the relative attention of
-    arXiv 2502.17422). Costs one pass over each prompt; the weights of one layer, (heads, P, P), are in memory at a time.
+    A cell is a visual token; the mean over cells is 1. Attention goes from the answer's tokens to
+    the image's, averaged over tokens, heads and `layers` (first, last; default: the middle half).
+    It is divided by the same for a neutral question, which cancels what any prompt draws, borders
+    above all (the relative attention of arXiv 2502.17422). Costs one pass over each prompt; the
+    weights of one layer, (heads, P, P), are in memory at a time. Raises ValueError for layers that
+    do not exist.
     """
-    decoder = model.model.language_model
-    first, last = layers or (len(decoder.layers) // 4, (3 * len(decoder.layers) - 1) // 4)
-    if not 0 <= first <= last < len(decoder.layers):
-        raise ValueError(
-            f"layers {first}-{last}: the model has layers 0 to {len(decoder.layers) - 1}"
-        )
-    neutral = replace(sample, text="Describe the image.")
+    neutral = replace(question, text="Describe the image.")
     prompts = encode_prompts(
-        processor, [sample, neutral], [student_messages(sample), student_messages(neutral)]
+        processor, [question, neutral], [student_messages(question), student_messages(neutral)]
     )
-    tokens = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-    ids = [
-        *tokens,
-        processor.tokenizer.eos_token_id,
-    ]  # the last one is not read: it makes all of the answer's be
-    seen, before = [], model.config.text_config._attn_implementation
-    hooks = [
-        layer.self_attn.register_forward_hook(
-            lambda module, args, out: seen.append(out[1][:, :, -len(tokens) :].float().mean((1, 2)))
-        )
-        for layer in decoder.layers[first : last + 1]
-    ]
+    tokenizer = processor.tokenizer
+    answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
+    # the last token of a response is not read; EOS in that place makes all of the answer read
+    response = [*answer, tokenizer.eos_token_id]
+    batch = collate(prompts, [response, response], tokenizer.pad_token_id, model.device)
+    weights = _answer_attention(model, batch, _layer_range(model, layers), len(answer))
+    asked, ground = (
+        row[: len(types)][types.bool()]
+        for row, types in zip(weights, batch.prompts["mm_token_type_ids"], strict=True)
+    )
+    heat = (asked / ground.clamp(min=1e-9)).cpu()
+    merge = processor.image_processor.merge_size
+    shapes = [(h // merge, w // merge) for _, h, w in prompts[0].grid.tolist()]
+    pieces = heat.split([h * w for h, w in shapes])
+    maps = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return [heat_map / heat_map.mean() for heat_map in maps]
+
+
+def _layer_range(model, layers: tuple[int, int] | None) -> slice:
+    count = len(model.model.language_model.layers)
+    first, last = layers or (count // 4, (3 * count - 1) // 4)
+    if not 0 <= first <= last < count:
+        raise ValueError(f"layers {first}-{last}: the model has layers 0 to {count - 1}")
+    return slice(first, last + 1)
+
+
+def _answer_attention(model, batch, layers: slice, answer_tokens: int) -> Tensor:
+    """Attention (B, P + A) from the answer's tokens, the mean over tokens, heads and layers."""
+    seen = []
+
+    def keep(module, inputs, outputs):
+        weights = outputs[1]  # (B, heads, queries, keys)
+        seen.append(weights[:, :, -answer_tokens:].float().mean((1, 2)))
+
+    hooked = model.model.language_model.layers[layers]
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in hooked]
+    before = model.config.text_config._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})  # the only one that returns weights
     try:
-        batch = collate(prompts, [ids, ids], processor.tokenizer.pad_token_id, model.device)
         response_states(model, batch)
     finally:
         model.set_attn_implementation({"text_config": before})
         for hook in hooks:
             hook.remove()
-    weights = torch.stack(seen[len(hooks) :]).mean(
-        0
-    )  # (2, P + A): the second pass, over the answer, comes after the prompts'
-    asked, ground = (
-        row[: types.shape[0]][types.bool()]
-        for row, types in zip(weights, batch.prompts["mm_token_type_ids"])
-    )
-    heat, maps, merge = (
-        (asked / ground.clamp(min=1e-9)).cpu(),
-        [],
-        processor.image_processor.merge_size,
-    )
-    for _, h, w in prompts[0].grid.tolist():
-        size = h * w // merge**2
-        maps.append(heat[:size].view(h // merge, w // merge))
-        heat = heat[size:]
-    return [m / m.mean() for m in maps]
-
-
-def regions(heat: Tensor, most: int = 3) -> list[tuple[int, int, int, int]]:
-    """The hottest connected areas of a map (h, w) as boxes (left, top, right, bottom) in cells, right and bottom excluded, hottest first.
-
-    A cell is hot above the mean plus one standard deviation; the areas are ranked by their summed heat.
-    """
-    hot = (heat > heat.mean() + heat.std(unbiased=False)).tolist()
-    found = []
-    for r, row in enumerate(hot):
-        for c in range(len(row)):
-            area, todo = [], [(r, c)]
-            while todo:
-                y, x = todo.pop()
-                if 0 <= y < len(hot) and 0 <= x < len(row) and hot[y][x]:
-                    hot[y][x] = False
-                    area.append((y, x))
-                    todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
-            if area:
-                ys, xs = zip(*area)
-                found.append(
-                    (
-                        sum(heat[y, x].item() for y, x in area),
-                        (min(xs), min(ys), max(xs) + 1, max(ys) + 1),
-                    )
-                )
-    return [box for _, box in sorted(found, reverse=True)[:most]]
-
-
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-
-
-def place_words(box: tuple[int, int, int, int], shape: tuple[int, int], exact: bool = True) -> str:
-    """A box of cells in a map of `shape` (h, w) in words: "the upper left", "the third column from the left". exact False: no ordinals."""
-    (left, top, right, bottom), (h, w) = box, shape
-    for low, high, size, across, name, side in (
-        (top, bottom, h, right - left >= 0.8 * w, "row", "top"),
-        (left, right, w, bottom - top >= 0.8 * h, "column", "left"),
-    ):
-        if (
-            across
-            and exact
-            and size % (high - low) == low % (high - low) == 0
-            and 2 <= size // (high - low) <= len(_ORDINALS)
-        ):
-            return f"the {_ORDINALS[low // (high - low)]} {name} from the {side}"
-    y, x = ((low + high) / 2 / size for low, high, size in ((top, bottom, h), (left, right, w)))
-    down = "" if bottom - top >= 0.8 * h else ("upper", "middle", "lower")[min(2, int(3 * y))]
-    over = "" if right - left >= 0.8 * w else ("left", "middle", "right")[min(2, int(3 * x))]
-    if down and over:
-        return "the middle of the picture" if down == over else f"the {down} {over}"
-    return (
-        f"the {down or over} part, from {'left to right' if down else 'top to bottom'}"
-        if down or over
-        else "the whole picture"
-    )
+    # the pass over the answer comes second, after the prompts'
+    return torch.stack(seen[len(hooks) :]).mean(0)
 
 
 def attention_hint(
-    model, processor, sample: Question, layers=None
+    model, processor, question: Question, layers: tuple[int, int] | None = None
 ) -> tuple[Hint | None, list[str], list[Tensor], list[list]]:
-    """A hint that names the regions of attention_maps: -> hint or None, reasons, maps, and the boxes of each image in its pixels."""
-    maps = attention_maps(model, processor, sample, layers)
+    """A hint that names the regions of attention_maps.
+
+    Returns the hint or None, the reasons against one, the maps, and each image's boxes in pixels.
+    """
+    maps = attention_maps(model, processor, question, layers)
     boxes = [regions(heat) for heat in maps]
-    for exact in (True, False):  # "the third column" may be the answer: then without ordinals
-        look = [
-            f"{place_words(box, heat.shape, exact)}{f' of the {_ORDINALS[min(n, 5)]} picture' if len(maps) > 1 else ''}"
-            for n, (heat, found) in enumerate(zip(maps, boxes))
-            for box in found
-        ]
-        look = [words for words in dict.fromkeys(look) if "whole picture" not in words]
-        hint = Hint(look=look) if look else None
-        reasons = (
-            find_spoilers(hint.text, sample.text, sample.answer, sample.choices)
-            if hint
-            else ["no region stands out"]
-        )
-        if not reasons:
-            break
-    pixels = []
-    for image, heat, found in zip(sample.images, maps, boxes):
-        (width, height), (h, w) = open_image(image).size, heat.shape
-        pixels.append(
-            [
-                [
-                    round(left * width / w),
-                    round(top * height / h),
-                    round(right * width / w),
-                    round(bottom * height / h),
-                ]
-                for left, top, right, bottom in found
-            ]
-        )
+    hint, reasons = _regions_hint(question, maps, boxes, exact=True)
+    if reasons:  # "the third column" may be the answer
+        hint, reasons = _regions_hint(question, maps, boxes, exact=False)
+    pixels = [
+        [in_pixels(box, heat.shape, open_image(image).size) for box in image_boxes]
+        for image, heat, image_boxes in zip(question.images, maps, boxes, strict=True)
+    ]
     return (None if reasons else hint), reasons, maps, pixels
 
 
-# ------------------------------------------------------------------------------------------------------- the file and the command
+def _regions_hint(
+    question: Question, maps: list[Tensor], boxes: list[list], exact: bool
+) -> tuple[Hint | None, list[str]]:
+    """The regions in words as a hint, and why it must not be used, if so."""
+    places = []
+    for number, (heat, image_boxes) in enumerate(zip(maps, boxes, strict=True)):
+        of_picture = f" of the {ORDINALS[min(number, 5)]} picture" if len(maps) > 1 else ""
+        places += [place_words(box, heat.shape, exact) + of_picture for box in image_boxes]
+    look = [place for place in dict.fromkeys(places) if "whole picture" not in place]
+    if not look:
+        return None, ["no region stands out"]
+    hint = Hint(look=tuple(look))
+    return hint, find_spoilers(hint.text, question.text, question.answer, question.choices)

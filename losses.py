@@ -8,8 +8,9 @@
     scores_from_hidden  log-probability, entropy and topk_jsd from hidden states, chunk by chunk;
                         the logits of all tokens are never in memory together
 
-Each loss returns one value per token; `weighted_sum` reduces. All arithmetic is float32, whatever
-the type of the input (float64 stays float64). Logits of -inf (banned tokens) are allowed.
+Each loss returns one value per token; `weighted_sum` reduces. Softmax and divergences are computed
+in float32, whatever the type of the logits (float64 stays float64). policy_loss and k3_kl keep the
+type of their inputs. Logits of -inf (banned tokens) are allowed.
 
 Equation numbers are the paper's. Where the released code differs from the paper, the docstring
 says "release". Two differences matter most. The release takes the support from the student alone.
@@ -54,18 +55,6 @@ def weighted_sum(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     weights = weights.detach()
     kept = mask & (weights > 0).unsqueeze(1)
     return (values.masked_fill(~kept, 0) * weights.unsqueeze(1)).sum()
-
-
-def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Sum of values where mask (same shape, bool) holds, over `denominator`; a scalar.
-
-    Default denominator: the number of kept values. A denominator is at least 1, so an empty mask
-    gives 0 with gradient 0. Values outside the mask are never read.
-    """
-    if denominator is None:
-        denominator = mask.sum()
-    denominator = torch.as_tensor(denominator, device=values.device)
-    return (values.masked_fill(~mask, 0) / denominator.clamp(min=1)).sum()
 
 
 # --------------------------------------------------------------------------------- policy gradient
@@ -195,7 +184,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Terms of Eq. 13. m is not detached, so that the gradient is Eq. 41 and 42."""
+    """Terms of Eq. 13. TRAP: with p detached and m not, the gradient is exactly zero (release)."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
 
@@ -220,8 +209,8 @@ def _check_options(k: int, divergence: str, support: str) -> None:
 def _topk_support(student: Tensor, teacher: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
     """The support S of Eq. 14 from logits or log-probabilities (..., V): ids and is_duplicate.
 
-    Both are (..., S). ids are ascending. A token that both models chose stands there twice, and
-    is_duplicate (bool) marks the second place; so all rows have the same width.
+    Both are (..., S), S the number of places: 2 k for the union. ids are ascending. A token that
+    both models chose stands there twice, and is_duplicate (bool) marks the second place.
     """
     models = {"union": (student, teacher), "student": (student,), "teacher": (teacher,)}[support]
     chosen = [scores.topk(min(k, scores.shape[-1])).indices for scores in models]
@@ -279,9 +268,9 @@ def scores_from_hidden(
     they require it. Entropy and teacher are detached. Raises ValueError as topk_jsd does and for
     heads of different vocabularies, TypeError for a head that is no Linear layer.
 
-    Cost: each head multiplies each token once. That pass also yields the gradient in `hidden`, so
-    backward recomputes nothing for it. Only the gradient of a trained head multiplies the student's
-    head a second time. Memory: chunk_tokens for the logits; the rest depends on K and H.
+    Cost: two products of each token with the student's head, for the logits and for the gradient in
+    `hidden`, and one with the teacher's. Backward multiplies again only where the head is trained.
+    Memory: chunk_tokens for the logits; the rest depends on K and H.
     """
     _check_options(k, divergence, support)
     _check_heads(head, teacher_head)
@@ -338,12 +327,13 @@ class _Model:
 class _ScoresFromHidden(torch.autograd.Function):
     """scores_from_hidden, chunk by chunk: vocabulary -> buckets -> scores.
 
-    Each token's vocabulary is cut into B = 1 + S + 1 buckets: the sampled token, the support
-    without it, and all other tokens as one, the rest. All three scores are functions of the logits
-    of these buckets; autograd differentiates them there, on a few numbers per token. Only the step
-    from `hidden` to the buckets is differentiated by hand: d logit_s / d hidden is row s of the
-    head. The rest's logit is a log-sum-exp, so d logit_rest / d hidden is the mean of the rest's
-    rows under the student; forward computes it while the student's probabilities are in memory.
+    Each token's vocabulary is cut into C = 1 + S + 1 buckets: the sampled token, the support
+    without it, and all other tokens as one, the rest. Log-probability and JSD depend on the logits
+    of these buckets alone; autograd differentiates them there, on a few numbers per token. (The
+    entropy also needs the entropy within the rest. It has no gradient.) Only the step from `hidden`
+    to the buckets is differentiated by hand: d logit_s / d hidden is row s of the head. The rest's
+    logit is a log-sum-exp, so d logit_rest / d hidden is the mean of the rest's rows under the
+    student; forward computes it while the student's probabilities are in memory.
     """
 
     @staticmethod
@@ -367,7 +357,7 @@ class _ScoresFromHidden(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp, _, grad_jsd):
         hidden, weight, bias, ids, d_logp, d_jsd, mean_rows = ctx.saved_tensors
-        grad = grad_logp.unsqueeze(-1) * d_logp  # (N, B): d loss / d bucket logits
+        grad = grad_logp.unsqueeze(-1) * d_logp  # (N, C): d loss / d bucket logits
         if d_jsd is not None:
             grad.addcmul_(grad_jsd.unsqueeze(-1), d_jsd)
         grad /= ctx.settings.temperature
@@ -391,7 +381,7 @@ def _score_chunk(
 ) -> dict[str, Tensor]:
     """The scores of the chunk's n tokens (n,), and what backward needs of them.
 
-    For backward: ids (n, 1 + S) of the buckets; d_logp and d_jsd (n, B), the gradients in the
+    For backward: ids (n, 1 + S) of the buckets; d_logp and d_jsd (n, C), the gradients in the
     student's bucket logits; mean_rows (n, H), the gradient of the rest's logit in the hidden state.
 
     TRAP: at most two float32 tensors of (n, V) may be alive (see chunk_tokens). A name that still
@@ -427,7 +417,7 @@ def _score_chunk(
 
 
 def _bucket_logits_(logits: Tensor, ids: Tensor, is_duplicate: Tensor, temperature: float) -> tuple:
-    """Logits (n, V) -> bucket logits (n, B) after temperature; outside and total of the rest.
+    """Logits (n, V) -> bucket logits (n, C) after temperature; outside and total of the rest.
 
     A duplicate gets NEG, so that each token counts once. For outside and total see
     `_softmax_outside_`. Overwrites `logits`.
@@ -442,8 +432,8 @@ def _softmax_outside_(logits: Tensor, ids: Tensor, temperature: float) -> tuple[
     """Softmax of logits (n, V) / temperature over all tokens but ids (n, S): the rest.
 
     Returns outside (n, V), which is 0 at ids; its sum total (n, 1), at least 1, also where ids
-    leave no token; and the log-sum-exp (n, 1). The softmax is outside / total. Overwrites `logits`,
-    so that there is no second copy.
+    leave no token; and the log-sum-exp (n, 1). The softmax is outside / total. Overwrites `logits`
+    where they are float32 or float64, so that there is no second copy.
     """
     outside = _at_least_float32(logits.scatter_(-1, ids, -math.inf)).div_(temperature)
     largest = outside.amax(-1, keepdim=True).clamp(min=NEG)
@@ -457,7 +447,7 @@ def _entropy_of_rest(outside: Tensor, total: Tensor) -> Tensor:
 
 
 def _entropy(buckets: Tensor, entropy_of_rest: Tensor) -> Tensor:
-    """Entropy (n,): the sum over the buckets (n, B) of p (entropy within the bucket - log p)."""
+    """Entropy (n,): the sum over the buckets (n, C) of p (entropy within the bucket - log p)."""
     log_p = buckets.log_softmax(-1)
     within = F.pad(entropy_of_rest, (log_p.shape[-1] - 1, 0))  # 0 in a bucket of one token
     return (log_p.exp() * (within - log_p)).sum(-1)
@@ -466,7 +456,7 @@ def _entropy(buckets: Tensor, entropy_of_rest: Tensor) -> Tensor:
 def _bucket_scores(student: Tensor, teacher: Tensor | None, ids: Tensor, divergence: str) -> dict:
     """Log-probability of the sampled token and, with a teacher, JSD, each (n,).
 
-    student, teacher (n, B): bucket logits; ids (n, 1 + S). Differentiable in `student`.
+    student, teacher (n, C): bucket logits; ids (n, 1 + S). Differentiable in `student`.
     """
     log_p = student.log_softmax(-1)
     if teacher is None:
@@ -477,14 +467,14 @@ def _bucket_scores(student: Tensor, teacher: Tensor | None, ids: Tensor, diverge
 
 
 def _divergence_buckets(log_probs: Tensor, in_support: Tensor) -> Tensor:
-    """The buckets of Eq. 14-17, (n, B): a sampled token outside the support joins the rest."""
+    """The buckets of Eq. 14-17, (n, C): a sampled token outside the support joins the rest."""
     token, support, rest = log_probs[:, :1], log_probs[:, 1:-1], log_probs[:, -1:]
     tail = torch.where(in_support, rest, torch.logaddexp(token, rest))
     return torch.cat([token.masked_fill(~in_support, NEG), support, tail], -1)
 
 
 # ------------------------------------------------- backward: from the buckets to states and head
-# grad (N, B): the loss's gradient in the bucket logits as the head gives them, before temperature.
+# grad (N, C): the loss's gradient in the bucket logits as the head gives them, before temperature.
 def _hidden_gradient(grad: Tensor, ids: Tensor, mean_rows: Tensor, weight: Tensor) -> Tensor:
     """(N, H), in float32 or better: the head's rows at ids and the rest's mean row, weighted."""
     at_ids, at_rest = grad[:, :-1].to(weight.dtype), grad[:, -1:]

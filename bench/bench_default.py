@@ -1,17 +1,17 @@
-"""The default run and the same run as plain GRPO, seed by seed: accuracy, entropy, wall time, as a table.
+# ruff: noqa: E402
+"""The default run and the same run as plain GRPO: accuracy, entropy and time per seed.
 
-    python bench/bench_default.py --jobs 2             # 3 seeds x 2 arms, two runs at a time; 20 minutes on 2 cores
-    python bench/bench_default.py --figure docs/default.png      # draw what has been measured (pip install matplotlib)
+    python bench/bench_default.py --jobs 2                     # 3 seeds, 2 arms: 20 minutes
+    python bench/bench_default.py --figure docs/default.png    # draw what has been measured
 
-Each finished run adds one line to bench/results/default.jsonl; runs that are there already are not repeated. Remove the file to
-measure anew.
+The time is for 2 cores and two runs at a time. The figure needs matplotlib. Each finished run adds
+one line to bench/results/default.jsonl. A run that is there already is not repeated: remove the
+file to measure again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,95 +21,95 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from bench_losses import machine  # noqa: E402
+from bench_losses import machine
+from common import RESULTS, append_row, load_pyplot, load_rows, markdown_table, share_of_cores
 
-RESULTS = ROOT / "bench" / "results" / "default.jsonl"
+ROWS = RESULTS / "default.jsonl"
 ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
+COLOURS = {"PTD-PO": "#1f6fb4", "GRPO (--lam 0)": "#c4552d"}
+HEADER = [
+    "arm",
+    "seed",
+    "accuracy before, %",
+    "after, %",
+    "with hint after, %",
+    "entropy first -> last step",
+    "minutes",
+]
 
 
 def measure(arm: str, seed: int, jobs: int) -> dict:
-    """One whole `python train.py`, timed from outside, in a folder of its own, on its share of the cores."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    """One whole `python train.py`, timed from outside, in its own folder, on its share of cores."""
+    command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--name", "run"]
     with tempfile.TemporaryDirectory() as folder:
-        start = time.time()
+        began = time.time()
         subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "train.py"),
-                "--seed",
-                str(seed),
-                "--name",
-                "run",
-                *ARMS[arm],
-            ],
+            [*command, *ARMS[arm]],
             cwd=folder,
-            env=env,
+            env=share_of_cores(jobs),
             check=True,
             stderr=subprocess.DEVNULL,
         )
-        seconds = time.time() - start
-        rows = [json.loads(line) for line in open(Path(folder) / "runs" / "run" / "metrics.jsonl")]
-    steps = rows[1:]
+        minutes = (time.time() - began) / 60
+        rows = load_rows(Path(folder) / "runs" / "run" / "metrics.jsonl")
+    before, *steps = rows
     return {
         "arm": arm,
         "seed": seed,
         "machine": machine("transformers", "accelerate"),
         "steps": len(steps),
-        "minutes": round(seconds / 60, 2),
+        "minutes": round(minutes, 2),
         "jobs": jobs,
-        "plain": {str(r["step"]): r["eval_plain"] for r in rows if "eval_plain" in r},
-        "hinted": [rows[0]["eval_hinted"], rows[-1]["eval_hinted"]],
+        "plain": {str(row["step"]): row["eval_plain"] for row in rows if "eval_plain" in row},
+        "hinted": [before["eval_hinted"], steps[-1]["eval_hinted"]],
         "entropy": [steps[0]["entropy"], steps[-1]["entropy"]],
-        "entropies": [round(r["entropy"], 4) for r in steps],
+        "entropies": [round(row["entropy"], 4) for row in steps],
         "length": [steps[0]["length"], steps[-1]["length"]],
         "skipped": steps[-1]["skipped_steps"],
     }
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown, one line a run."""
-    lines = [
-        f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, greedy; "
-        f"{rows[0]['jobs']} runs at a time.",
-        "",
-        "| arm | seed | accuracy before, % | after, % | with hint after, % | entropy first -> last step | minutes |",
-        "|---|---|---|---|---|---|---|",
+def table_row(row: dict) -> list[str]:
+    """One run's cells under HEADER."""
+    plain = list(row["plain"].values())
+    entropy_before, entropy_after = row["entropy"]
+    return [
+        row["arm"],
+        str(row["seed"]),
+        f"{100 * plain[0]:.1f}",
+        f"{100 * plain[-1]:.1f}",
+        f"{100 * row['hinted'][1]:.1f}",
+        f"{entropy_before:.2f} -> {entropy_after:.2f}",
+        f"{row['minutes']:.1f}",
     ]
-    for r in sorted(rows, key=lambda r: (list(ARMS).index(r["arm"]), r["seed"])):
-        plain = list(r["plain"].values())
-        lines.append(
-            f"| {r['arm']} | {r['seed']} | {100 * plain[0]:.1f} | {100 * plain[-1]:.1f} | {100 * r['hinted'][1]:.1f} | "
-            f"{r['entropy'][0]:.2f} -> {r['entropy'][1]:.2f} | {r['minutes']:.1f} |"
-        )
-    return "\n".join(lines)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, one line per run."""
+    setting = (
+        f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, "
+        f"greedy; {rows[0]['jobs']} runs at a time."
+    )
+    arms = list(ARMS)
+    in_order = sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
+    return f"{setting}\n\n{markdown_table(HEADER, [table_row(row) for row in in_order])}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy over steps, a line a run."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--figure needs matplotlib: python -m pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Accuracy over steps, one line per run."""
+    plt = load_pyplot("--figure")
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    for arm, colour in zip(ARMS, ("#1f6fb4", "#c4552d")):
-        for n, r in enumerate(r for r in rows if r["arm"] == arm):
-            steps, values = zip(*((int(s), 100 * v) for s, v in r["plain"].items()))
-            axes.plot(
-                steps,
-                values,
-                color=colour,
-                marker="o",
-                markersize=3.5,
-                alpha=0.85,
-                label=arm if n == 0 else None,
-            )
+    style = {"marker": "o", "markersize": 3.5, "alpha": 0.85}
+    named = set()
+    for arm in ARMS:
+        for row in rows:
+            if row["arm"] != arm:
+                continue
+            steps = [int(step) for step in row["plain"]]
+            percent = [100 * accuracy for accuracy in row["plain"].values()]
+            label = None if arm in named else arm  # each arm stands once in the legend
+            named.add(arm)
+            axes.plot(steps, percent, color=COLOURS[arm], label=label, **style)
     axes.set(
         xlabel="optimizer step",
         ylabel="held-out accuracy, %",
@@ -131,26 +131,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="draw the measured runs into this PNG and stop")
     args = parser.parse_args()
-    rows = (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
+    rows = load_rows(ROWS)
     if args.figure:
-        draw(rows, args.figure)
-        return
-    RESULTS.parent.mkdir(exist_ok=True)
-    missing = [
-        (arm, seed)
-        for seed in range(args.seeds)
-        for arm in ARMS
-        if not any((r["arm"], r["seed"]) == (arm, seed) for r in rows)
-    ]
+        return draw(rows, args.figure)
+    measured = {(row["arm"], row["seed"]) for row in rows}
+    wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
+    missing = [run for run in wanted if run not in measured]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in as_completed(
-            [pool.submit(measure, arm, seed, args.jobs) for arm, seed in missing]
-        ):
-            rows.append(done.result())
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+        futures = [pool.submit(measure, arm, seed, args.jobs) for arm, seed in missing]
+        for future in as_completed(futures):
+            rows.append(future.result())
+            append_row(ROWS, rows[-1])
     print(table(rows))
 
 

@@ -1,22 +1,24 @@
-"""Group sampling: tokens per second and peak memory, ours against model.generate and TRL's GRPOTrainer, each twice, in processes of its own.
+"""Group sampling: tokens per second and peak memory, ours and two peers.
 
     python -m pip install -r bench/requirements.txt
-    python bench/bench_rollout.py               # on a CPU: the embedded model, and the shape of a 0.5B; minutes
+    python bench/bench_rollout.py               # embedded model, and the shape of a 0.5B; minutes
     python bench/bench_rollout.py --verifier    # milliseconds of the verifier on answers of 1 MB
 
-Random weights, images of 256 tokens (1,000 on a GPU, 2B shape), 8 responses a question, 64 new tokens each, temperature 1. Nothing ends
-early, so that all contenders make the same number of tokens.
+The peers are model.generate and TRL's GRPOTrainer. Each contender runs twice, in new processes:
+once for the time and once for the memory. Weights are random, and a question has one image of 256
+tokens (on a GPU 1,024 tokens, in the shape of a 2B), 8 responses of 64 new tokens, and temperature
+1. Nothing ends early, so that all contenders make the same number of tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,147 +26,190 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from bench_losses import GPU, high_water, machine  # noqa: E402
+from common import RESULTS, append_row, markdown_table, measure_in_child  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results" / "rollout.jsonl"
+ROWS = RESULTS / "rollout.jsonl"
 GROUP, NEW = 8, 64
-# shape -> image side in merged patches, questions, text config, vision config
+PATCH = 3 * 2 * 14 * 14  # numbers per patch: colours, frames, height, width
+
+
+@dataclass
+class Shape:
+    """side: of the image, in merged patches. text, vision: of the model; None: the embedded one."""
+
+    side: int
+    questions: int
+    text: dict | None = None
+    vision: dict | None = None
+
+
 SHAPES = {
-    "tiny": (4, 16, None, None),
-    "0.5B": (
-        16,
-        2,
-        dict(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-        ),
-        dict(depth=12, embed_dim=768, num_heads=12, hidden_size=896),
+    "tiny": Shape(side=4, questions=16),
+    "0.5B": Shape(
+        side=16,
+        questions=2,
+        text={
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+        },
+        vision={"depth": 12, "embed_dim": 768, "num_heads": 12, "hidden_size": 896},
     ),
-    "2B": (
-        32,
-        8,
-        dict(
-            hidden_size=1536,
-            intermediate_size=8960,
-            num_hidden_layers=28,
-            num_attention_heads=12,
-            num_key_value_heads=2,
-        ),
-        dict(depth=32, embed_dim=1280, num_heads=16, hidden_size=1536),
+    "2B": Shape(
+        side=32,
+        questions=8,
+        text={
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+        },
+        vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
     ),
 }
-IMAGE, VISION_START, VISION_END, VIDEO, PAD = 151_655, 151_652, 151_653, 151_656, 151_643
 
 
-def config_of(shape: str, special):
-    """A Qwen2VLConfig of the shape. special: ids of image, vision start, vision end, video and padding."""
+@dataclass
+class SpecialTokens:
+    """Ids that a model's config names."""
+
+    image: int
+    vision_start: int
+    vision_end: int
+    video: int
+    pad: int
+
+    def banned(self) -> list[int]:
+        """What no contender may sample. 2 ends the embedded tokenizer's texts: TRL asks it."""
+        return [self.image, self.vision_start, self.vision_end, self.video, self.pad, 2]
+
+
+EMBEDDED = SpecialTokens(image=6, vision_start=3, vision_end=4, video=7, pad=0)
+QWEN = SpecialTokens(
+    image=151_655, vision_start=151_652, vision_end=151_653, video=151_656, pad=151_643
+)
+
+
+# ------------------------------------------------------------------------------- model and prompts
+def config_of(shape: str, special: SpecialTokens):
+    """A Qwen2VLConfig of the shape."""
     from transformers import Qwen2VLConfig
 
-    text, vision = SHAPES[shape][2:]
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [16, 24, 24] if text["hidden_size"] == 1536 else [8, 12, 12],
-    }
-    text = dict(
-        **text,
-        vocab_size=151_936,
-        rope_parameters=rope,
-        max_position_embeddings=32_768,
-        bos_token_id=None,
-        pad_token_id=special[4],
-    )
+    text = SHAPES[shape].text
+    sections = [16, 24, 24] if text["hidden_size"] == 1536 else [8, 12, 12]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config={
+            **text,
+            "vocab_size": 151_936,
+            "rope_parameters": rope,
+            "max_position_embeddings": 32_768,
+            "bos_token_id": None,
+            "pad_token_id": special.pad,
+        },
+        vision_config=SHAPES[shape].vision,
         tie_word_embeddings=True,
-        image_token_id=special[0],
-        video_token_id=special[3],
-        vision_start_token_id=special[1],
-        vision_end_token_id=special[2],
+        image_token_id=special.image,
+        video_token_id=special.video,
+        vision_start_token_id=special.vision_start,
+        vision_end_token_id=special.vision_end,
     )
 
 
-def setup(shape: str):
-    """Model and prompts: <vision_start> image <vision_end> and 40 tokens of text."""
+def make_model(shape: str) -> tuple[torch.nn.Module, SpecialTokens]:
+    """A model of the shape, and its special tokens."""
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    from rollout import Prompt
-
-    side, questions, text, _ = SHAPES[shape]
-    make = torch.Generator().manual_seed(0)
-    if text is None:
-        model, vocab, special = (
-            AutoModelForImageTextToText.from_pretrained(ROOT / "toy" / "base", dtype=torch.float32),
-            100,
-            (6, 3, 4, 7, 0),
+    if SHAPES[shape].text is None:
+        special = EMBEDDED
+        model = AutoModelForImageTextToText.from_pretrained(
+            ROOT / "toy" / "base", dtype=torch.float32
         )
     else:
-        vocab, special = 151_936, (IMAGE, VISION_START, VISION_END, VIDEO, PAD)
+        special = QWEN
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(
             config_of(shape, special), dtype=torch.bfloat16 if GPU else torch.float32
         )
-    model.generation_config = GenerationConfig(pad_token_id=special[4])
-    model = model.to("cuda" if GPU else "cpu").eval()
+    model.generation_config = GenerationConfig(pad_token_id=special.pad)
+    return model.to("cuda" if GPU else "cpu").eval(), special
+
+
+def make_prompts(shape: str, special: SpecialTokens, dtype: torch.dtype) -> list:
+    """Random prompts: <vision_start> image <vision_end> and 40 tokens of text."""
+    from rollout import Prompt, Question
+
+    side = SHAPES[shape].side
+    largest_word = 100 if SHAPES[shape].text is None else 100_000
+    image = [special.vision_start, *[special.image] * side**2, special.vision_end]
+    generator = torch.Generator().manual_seed(0)
     prompts = []
-    for _ in range(questions):
-        words = torch.randint(8, min(vocab, 100_000), (40,), generator=make)
-        ids = torch.cat([torch.tensor([special[1], *[special[0]] * side**2, special[2]]), words])
-        pixels = torch.randn(4 * side**2, 1176, generator=make).to(model.dtype)
+    for n in range(SHAPES[shape].questions):
+        words = torch.randint(8, largest_word, (40,), generator=generator)
+        ids = torch.cat([torch.tensor(image), words])
         prompts.append(
-            Prompt(ids, (ids == special[0]).long(), pixels, torch.tensor([[1, 2 * side, 2 * side]]))
+            Prompt(
+                Question(str(n), text="", answer="", images=[]),
+                ids=ids,
+                types=(ids == special.image).long(),
+                pixels=torch.randn(4 * side**2, PATCH, generator=generator).to(dtype),
+                grid=torch.tensor([[1, 2 * side, 2 * side]]),
+            )
         )
-    return (
-        model,
-        prompts,
-        [*special, 2],
-    )  # 2 is what the embedded tokenizer, which TRL asks, ends with
+    return prompts
 
 
-def ours(model, prompts, special):
-    from plumbing.decoding import uniforms
-    from rollout import _decode
+# -------------------------------------------------------------------------------------- contenders
+# Each makes run(new): `new` tokens for each of GROUP responses to each prompt, a list of id lists.
+def ours(model, prompts: list, special: SpecialTokens) -> Callable:
+    """What rollout.sample_groups does for the rows that decode together."""
+    from plumbing.decoding import decode, uniforms
+    from rollout import distinct_prompts, pad_prompts, prefill
 
-    rows = [p for p in prompts for _ in range(GROUP)]
-    return lambda new: _decode(
-        model,
-        rows,
-        uniforms([str(i) for i in range(len(rows))], new),
-        [],
-        special,
-        special[4],
-        new,
-        temperature=1.0,
-    )[0]
+    rows = [prompt for prompt in prompts for _ in range(GROUP)]
+
+    @torch.no_grad()
+    def run(new: int) -> list[list[int]]:
+        noise = uniforms([str(row) for row in range(len(rows))], new)
+        distinct, prompt_of = distinct_prompts(rows)
+        inputs = pad_prompts(distinct, special.pad, model.device)
+        prefilled = prefill(model, inputs, prompt_of.to(model.device))
+        never_ends = []
+        responses = decode(model, prefilled, noise, never_ends, special.banned(), special.pad, new)
+        return [ids for ids, _ in responses]
+
+    return run
 
 
-def generate(model, prompts, special):
+def generate(model, prompts: list, special: SpecialTokens) -> Callable:
+    """transformers' model.generate."""
     from transformers import GenerationConfig
 
     from rollout import pad_prompts
 
-    inputs = pad_prompts(prompts, special[4], model.device)
+    inputs = pad_prompts(prompts, special.pad, model.device)
+    prompt_length = inputs["input_ids"].shape[1]
 
-    def run(new):
+    def run(new: int) -> list[list[int]]:
         config = GenerationConfig(
             max_new_tokens=new,
             do_sample=True,
             top_k=0,
             num_return_sequences=GROUP,
-            pad_token_id=special[4],
-            suppress_tokens=special,
+            pad_token_id=special.pad,
+            suppress_tokens=special.banned(),
         )
-        return model.generate(**inputs, generation_config=config)[
-            :, inputs["input_ids"].shape[1] :
-        ].tolist()
+        sequences = model.generate(**inputs, generation_config=config)
+        return sequences[:, prompt_length:].tolist()
 
     return run
 
 
-def trl(model, prompts, special):
+def trl(model, prompts: list, special: SpecialTokens) -> Callable:
+    """The sampling of TRL's GRPOTrainer."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -178,7 +223,7 @@ def trl(model, prompts, special):
         report_to=[],
         use_cpu=not GPU,
         bf16=GPU,
-        generation_kwargs={"suppress_tokens": special},
+        generation_kwargs={"suppress_tokens": special.banned()},
         gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(
@@ -188,17 +233,18 @@ def trl(model, prompts, special):
         train_dataset=Dataset.from_list([{"prompt": "x"}]),
         processing_class=load_processor(str(ROOT / "toy" / "base")),
     )
-    rows = [p for p in prompts for _ in range(GROUP)]  # as its sampler repeats them
+    rows = [prompt for prompt in prompts for _ in range(GROUP)]  # as its sampler repeats them
     fields = {
-        "pixel_values": torch.cat([p.pixels for p in rows]),
-        "image_grid_thw": torch.cat([p.grid for p in rows]),
-        "mm_token_type_ids": [p.types.tolist() for p in rows],
+        "pixel_values": torch.cat([prompt.pixels for prompt in rows]),
+        "image_grid_thw": torch.cat([prompt.grid for prompt in rows]),
+        "mm_token_type_ids": [prompt.types.tolist() for prompt in rows],
     }
+    ids = [prompt.ids.tolist() for prompt in rows]
 
-    def run(new):
+    def run(new: int) -> list[list[int]]:
         trainer.generation_config.max_new_tokens = new
         trainer.generation_config.eos_token_id = None
-        return trainer._generate_single_turn([p.ids.tolist() for p in rows], None, fields, GROUP)[0]
+        return trainer._generate_single_turn(ids, None, fields, GROUP)[0]
 
     return run
 
@@ -210,59 +256,88 @@ CONTENDERS = {
 }
 
 
+# ------------------------------------------------------------------------------------ measurements
 def measure(name: str, shape: str) -> dict:
     """One contender in this process: a short warm-up, then timed rollouts."""
-    model, prompts, special = setup(shape)
+    model, special = make_model(shape)
+    prompts = make_prompts(shape, special, model.dtype)
     run = CONTENDERS[name](model, prompts, special)
     run(2)
     before = high_water(reset=True)
+    repeats = 5 if shape == "tiny" else 1  # a tiny rollout takes a second or two: the best of five
     times = []
-    for _ in range(
-        5 if shape == "tiny" else 1
-    ):  # a tiny rollout takes two seconds: the best of five
-        start = time.perf_counter()
-        out = run(NEW)
-        times.append(time.perf_counter() - start)
+    for _ in range(repeats):
+        began = time.perf_counter()
+        responses = run(NEW)
+        times.append(time.perf_counter() - began)
+    lengths = [len(ids) for ids in responses]
+    assert lengths == [NEW] * (GROUP * len(prompts)), lengths
     seconds = min(times)
-    assert len(out) == GROUP * len(prompts) and all(len(ids) == NEW for ids in out), [
-        len(ids) for ids in out
-    ]
     return {
         "name": name,
         "shape": shape,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(GROUP * len(prompts) * NEW / seconds, 1),
+        "tokens_per_second": round(sum(lengths) / seconds, 1),
         "mib": round(high_water() - before),
     }
 
 
-def verifier() -> None:
-    """Milliseconds of `verify` on adversarial responses of 1 MB: the slowest gold answer of four."""
-    from plumbing.answers import verify
+def measure_twice(name: str, shape: str) -> dict:
+    """Time and memory of one contender, in two new processes."""
+    timed = measure_in_child(__file__, [name, shape])
+    # The peak then counts what is freed. The page faults take half as much time again, so the time
+    # is the other process's.
+    peak = measure_in_child(__file__, [name, shape], MALLOC_MMAP_THRESHOLD_=str(2**20))
+    return {**timed, "mib": peak["mib"], "machine": machine("transformers", "trl")}
 
-    n = 10**6
-    cases = {
-        "\\boxed{ repeated": "\\boxed{" * (n // 7),
-        "one \\boxed{, open braces": "\\boxed{" + "{" * n,
-        "answer: repeated": "answer: " * (n // 8),
-        "answer and blanks": "answer" + " " * n,
-        "newlines": "\n" * n,
-        "<think> repeated": "<think>" * (n // 7),
-        "<answer> repeated": "<answer>" * (n // 8),
-        "blanks in the box": "\\boxed{5" + " " * n + "}",
+
+def table(rows: list[dict], shape: str) -> str:
+    """Markdown, one line per contender."""
+    setting = (
+        f"{shape}: {SHAPES[shape].questions} questions x {GROUP}, image of "
+        f"{SHAPES[shape].side ** 2} tokens, {NEW} new tokens. {rows[0]['machine']}."
+    )
+    best_peer = max(row["tokens_per_second"] for row in rows if row["name"] != "ours")
+    cells = []
+    for row in rows:
+        speed = row["tokens_per_second"]
+        cells.append([row["name"], f"{speed:.1f}", f"{speed / best_peer:.2f}", str(row["mib"])])
+    header = ["", "tokens/s", "/ better peer", "extra peak, MiB"]
+    return f"{setting}\n\n{markdown_table(header, cells)}"
+
+
+def adversarial_responses(length: int) -> dict[str, str]:
+    """Responses of about `length` characters (the last four are short) that are hard to read."""
+    return {
+        "\\boxed{ repeated": "\\boxed{" * (length // 7),
+        "one \\boxed{, open braces": "\\boxed{" + "{" * length,
+        "answer: repeated": "answer: " * (length // 8),
+        "answer and blanks": "answer" + " " * length,
+        "newlines": "\n" * length,
+        "<think> repeated": "<think>" * (length // 7),
+        "<answer> repeated": "<answer>" * (length // 8),
+        "blanks in the box": "\\boxed{5" + " " * length + "}",
         "powers of powers": "\\boxed{((((9^64)^64)^64)^64)}",
         "lists": "\\boxed{" + "1 and " * 60 + "1}",
         "units": "\\boxed{" + "5 cm " * 75 + "}",
         "parentheses": "\\boxed{" + "(" * 190 + "1" + ")" * 190 + "}",
     }
-    print("| response | ms |\n|---|---|")
-    for name, text in cases.items():
-        worst = 0.0
-        for gold in ("5", "(1, 2)", "B", "red"):
-            start = time.perf_counter()
-            verify(text, gold)
-            worst = max(worst, time.perf_counter() - start)
-        print(f"| {name} | {1000 * worst:.2f} |")
+
+
+def verifier_table() -> str:
+    """Milliseconds of rollout.verify: the slowest of four reference answers."""
+    from rollout import Question, verify
+
+    questions = [Question("0", "", answer, images=[]) for answer in ("5", "(1, 2)", "B", "red")]
+    cells = []
+    for name, response in adversarial_responses(10**6).items():
+        times = []
+        for question in questions:
+            began = time.perf_counter()
+            verify(response, question)
+            times.append(time.perf_counter() - began)
+        cells.append([name, f"{1000 * max(times):.2f}"])
+    return markdown_table(["response", "ms"], cells)
 
 
 def main() -> None:
@@ -274,42 +349,15 @@ def main() -> None:
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.verifier:
-        return verifier()
+        return print(verifier_table())
     if args.run:
         return print(json.dumps(measure(*args.run)))
-    env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
-    exact = {
-        "MALLOC_MMAP_THRESHOLD_": str(2**20)
-    }  # the peak then counts what is freed; the page faults cost half as much time again
     for shape in args.shapes:
         rows = []
         for name in CONTENDERS:
-            timed, peak = (
-                json.loads(
-                    subprocess.run(
-                        [sys.executable, __file__, "--run", name, shape],
-                        check=True,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        env={**env, **more},
-                    ).stdout.splitlines()[-1]
-                )
-                for more in ({}, exact)
-            )
-            rows.append({**timed, "mib": peak["mib"], "machine": machine("transformers", "trl")})
-            RESULTS.parent.mkdir(exist_ok=True)
-            with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-        best = max(r["tokens_per_second"] for r in rows if r["name"] != "ours")
-        print(
-            f"\n{shape}: {SHAPES[shape][1]} questions x {GROUP}, image of {SHAPES[shape][0] ** 2} tokens, {NEW} new tokens. {rows[0]['machine']}.\n\n"
-            "| | tokens/s | / better peer | extra peak, MiB |\n|---|---|---|---|"
-        )
-        for r in rows:
-            print(
-                f"| {r['name']} | {r['tokens_per_second']:.1f} | {r['tokens_per_second'] / best:.2f} | {r['mib']} |",
-                flush=True,
-            )
+            rows.append(measure_twice(name, shape))
+            append_row(ROWS, rows[-1])
+        print(f"\n{table(rows, shape)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
-"""One whole optimizer step by phase, time and peak memory, ours and TRL's GRPOTrainer, each in a process of its own.
+"""One whole optimizer step by phase: time and peak memory, ours and TRL's GRPOTrainer.
 
     python -m pip install -r bench/requirements.txt
-    python bench/bench_step.py                  # on a CPU: the embedded model's shape, and a 0.5B's; on a GPU: a 2B's
-    python bench/bench_step.py --shapes 2B      # needs a GPU of 80 GB; the rows that do not fit say so
+    python bench/bench_step.py                # on a CPU tiny and 0.5B, on a GPU 2B
+    python bench/bench_step.py --shapes 2B    # a GPU of 80 GB; what does not fit says so
 
-Random weights in real shapes, random pictures, the embedded tokenizer. No response ends early, so that all make the same number of tokens.
-"PTD-PO": half of every group has failed and is tutored. "GRPO": the same responses with the KL penalty instead, which is TRL's work.
-Phases: sample, score (the student's forward), teacher (the reference's), update (backward, clipping, AdamW). One step is not counted
-before. Each finished run adds a line to bench/results/step.jsonl.
+Random weights in the shape of the embedded model, a 0.5B or a 2B; random images; the embedded
+tokenizer. No response ends early, so that all make the same number of tokens. In "PTD-PO" half of
+each group has failed and is tutored. In "GRPO" the same responses have the KL penalty instead: that
+is TRL's work. Phases: sample, score (the student's forward), teacher (the reference's), update
+(backward, clipping, AdamW). Each contender has a process of its own and makes two steps; the second
+counts. Each finished run adds a line to bench/results/step.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,57 +33,76 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from bench_losses import GPU, high_water, machine  # noqa: E402
-from bench_rollout import config_of  # noqa: E402
+from bench_rollout import EMBEDDED, config_of  # noqa: E402
+from common import RESULTS, append_row, markdown_table, measure_in_child  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results" / "step.jsonl"
-GROUP, SPECIAL = (
-    8,
-    (6, 3, 4, 7, 0),
-)  # image, vision start, vision end, video, padding in the embedded tokenizer
+ROWS = RESULTS / "step.jsonl"
+GROUP = 8
+TOKEN = 28  # pixels on a side of an image token
 
 
 @dataclass
 class Shape:
-    """side: of the picture, in merged patches of 28 pixels; new: tokens a response."""
+    """side: of the image, in tokens; new: tokens per response; options: of TrainConfig."""
 
     model: str
     side: int
     questions: int
     new: int
-    options: dict
+    options: dict = field(default_factory=dict)
 
 
+LEAN = {"gradient_checkpointing": True, "micro_tokens": 4096}
 SHAPES = {
-    "tiny": Shape("tiny", 4, 8, 48, {}),
-    "0.5B": Shape("0.5B", 16, 1, 32, {}),
-    "2B": Shape("2B", 32, 8, 512, {}),
-    "2B lean": Shape("2B", 32, 8, 512, {"gradient_checkpointing": True, "micro_tokens": 4096}),
-    "2B LoRA 32": Shape(
-        "2B", 32, 8, 512, {"gradient_checkpointing": True, "micro_tokens": 4096, "lora": 32}
-    ),
+    "tiny": Shape("tiny", side=4, questions=8, new=48),
+    "0.5B": Shape("0.5B", side=16, questions=1, new=32),
+    "2B": Shape("2B", side=32, questions=8, new=512),
+    "2B lean": Shape("2B", side=32, questions=8, new=512, options=LEAN),
+    "2B LoRA 32": Shape("2B", side=32, questions=8, new=512, options={**LEAN, "lora": 32}),
 }
-WORDS = "How many points are in the star row plus the ring column ? look at the top row and read each cell".split()
+WORDS = [
+    "How",
+    "many",
+    "points",
+    "are",
+    "in",
+    "the",
+    "star",
+    "row",
+    "plus",
+    "the",
+    "ring",
+    "column",
+    "?",
+    "look",
+    "at",
+    "the",
+    "top",
+    "row",
+    "and",
+    "read",
+    "each",
+    "cell",
+]
 
 
+# ------------------------------------------------------------------------------ model and questions
 def make_folder(shape: Shape) -> str:
-    """A model folder without weights; loading it makes random ones."""
+    """A model's folder without weights. From now on a load makes random ones."""
     from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
-    folder = tempfile.mkdtemp()
+    folder = Path(tempfile.mkdtemp())
     for path in (ROOT / "toy" / "base").iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, folder)
-    settings = json.loads((Path(folder) / "processor_config.json").read_text())
-    settings["image_processor"]["size"] = {
-        "shortest_edge": 28 * 28,
-        "longest_edge": (28 * shape.side) ** 2,
-    }
-    (Path(folder) / "processor_config.json").write_text(json.dumps(settings))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    largest_area = (TOKEN * shape.side) ** 2
+    processor["image_processor"]["size"] = {"shortest_edge": TOKEN**2, "longest_edge": largest_area}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     if shape.model != "tiny":
-        config = config_of(shape.model, SPECIAL)
-        config.architectures = [
-            "Qwen2VLForConditionalGeneration"
-        ]  # TRL makes its reference by this name
+        config = config_of(shape.model, EMBEDDED)
+        # TRL makes its reference by this name
+        config.architectures = ["Qwen2VLForConditionalGeneration"]
         config.save_pretrained(folder)
 
     def random_weights(cls, path, *_, dtype=None, **__):
@@ -90,51 +111,60 @@ def make_folder(shape: Shape) -> str:
             return cls._from_config(AutoConfig.from_pretrained(path), dtype=dtype or torch.float32)
 
     Qwen2VLForConditionalGeneration.from_pretrained = classmethod(random_weights)
-    return folder
+    return str(folder)
 
 
-def make_samples(shape: Shape) -> list:
+def make_questions(shape: Shape) -> list:
+    """Questions of random words and a random image, with hints of random words."""
     from hints import Hint
     from rollout import Question
 
     rng = random.Random(0)
-    size = 28 * shape.side
-    return [
-        Question(
-            str(i),
-            " ".join(rng.choices(WORDS, k=40)),
-            "1",
-            [Image.frombytes("RGB", (size, size), rng.randbytes(3 * size * size))],
-            Hint(look=(" ".join(rng.choices(WORDS, k=40)),)),
-        )
-        for i in range(shape.questions)
-    ]
+    size = TOKEN * shape.side
+    questions = []
+    for number in range(shape.questions):
+        text = " ".join(rng.choices(WORDS, k=40))
+        image = Image.frombytes("RGB", (size, size), rng.randbytes(3 * size * size))
+        hint = Hint(look=(" ".join(rng.choices(WORDS, k=40)),))
+        questions.append(Question(str(number), text, answer="1", images=[image], hint=hint))
+    return questions
 
 
 class Phases:
-    """Seconds and, on a GPU, peak MiB by phase; a call inside another phase's call counts for the outer one."""
+    """Seconds and, on a GPU, peak MiB by phase.
+
+    A call inside another phase's call counts for the outer one.
+    """
 
     def __init__(self):
         self.seconds, self.mib, self.inside = {}, {}, False
 
-    def wrap(self, name: str, call):
+    def watch(self, owner, name: str, phase: str) -> None:
+        """The method `name` of an object or a class counts for the phase."""
+        method = getattr(owner, name)
+
         def timed(*args, **settings):
-            phase = name(*args) if callable(name) else name
             if self.inside:
-                return call(*args, **settings)
-            self.inside, start = True, self.clock()
+                return method(*args, **settings)
+            self.inside, began = True, self.clock()
             try:
-                return call(*args, **settings)
+                return method(*args, **settings)
             finally:
                 self.inside = False
-                self.seconds[phase] = self.seconds.get(phase, 0) + self.clock() - start
-                if GPU:
-                    self.mib[phase] = max(
-                        self.mib.get(phase, 0), torch.cuda.max_memory_allocated() / 2**20
-                    )
-                    torch.cuda.reset_peak_memory_stats()
+                self.add(phase, self.clock() - began)
 
-        return timed
+        setattr(owner, name, timed)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0) + seconds
+        if GPU:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            self.mib[phase] = max(self.mib.get(phase, 0), peak)
+            torch.cuda.reset_peak_memory_stats()
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.mib.clear()
 
     @staticmethod
     def clock() -> float:
@@ -143,92 +173,87 @@ class Phases:
         return time.perf_counter()
 
 
-def measure_ours(shape: Shape, lam: float) -> dict:
-    """Two steps of Trainer.rollout and Trainer.update; the second counts."""
+# -------------------------------------------------------------------------------------------- ours
+def make_trainer(shape: Shape, lam: float):
+    """Our Trainer. Nothing ends early, and each second response has failed."""
     from accelerate import Accelerator
 
     import rollout
     import train
-    from ptdpo import PTDPOConfig
+    from plumbing.images import load_processor
+    from plumbing.models import build
 
-    rollout.eos_tokens = lambda *_: []  # nothing ends early
     config = train.TrainConfig(
         model=make_folder(shape),
+        lam=lam,
         questions=shape.questions,
         group_size=GROUP,
         max_new_tokens=shape.new,
         warmup=0,
         **shape.options,
     )
-    method = PTDPOConfig(lam=lam)
+    calls = itertools.count()
+    rollout.eos_tokens = lambda *_: []
+    train.verify = lambda *_: next(calls) % 2 == 0
     bf16 = GPU and config.precision != "no"
-    accelerator, phases, samples = (
-        Accelerator(mixed_precision="bf16" if bf16 else "no"),
-        Phases(),
-        make_samples(shape),
-    )
-    trainer = train.Trainer(
-        config,
-        method,
-        accelerator,
-        rollout.load_processor(config.model),
-        *train.build(config, accelerator),
-    )
-    calls = iter(range(10**9))
-    trainer.verify = lambda *_: next(calls) % 2 == 0  # every second response has failed
-    trainer.sample = phases.wrap("sample", trainer.sample)
-    train.LoraReference.__call__ = phases.wrap("teacher", train.LoraReference.__call__)
-    if not config.lora:
-        trainer.reference.forward = phases.wrap("teacher", trainer.reference.forward)
-    trainer.student.forward = phases.wrap("score", trainer.student.forward)
-    for owner, call in (
-        (accelerator, "backward"),
-        (accelerator, "clip_grad_norm_"),
-        (trainer.optimizer, "step"),
-    ):
-        setattr(owner, call, phases.wrap("update", getattr(owner, call)))
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    processor = load_processor(config.model)
+    return train.Trainer(config, accelerator, processor, *build(config, accelerator))
+
+
+def watch_phases(trainer) -> Phases:
+    """The phases of our Trainer, by the calls that make them."""
+    from plumbing.models import LoraReference
+
+    phases = Phases()
+    phases.watch(trainer, "sample", "sample")
+    if trainer.config.lora:
+        phases.watch(LoraReference, "__call__", "teacher")
+    else:
+        phases.watch(trainer.reference, "forward", "teacher")
+    phases.watch(trainer.student, "forward", "score")
+    phases.watch(trainer.accelerator, "backward", "update")
+    phases.watch(trainer.accelerator, "clip_grad_norm_", "update")
+    phases.watch(trainer.optimizer, "step", "update")
+    return phases
+
+
+def measure_ours(shape: Shape, lam: float) -> dict:
+    """Two steps of our Trainer; the second counts."""
+    from plumbing.memory import plan
+    from plumbing.runs import rollout_statistics
+
+    trainer, questions = make_trainer(shape, lam), make_questions(shape)
+    config, phases = trainer.config, watch_phases(trainer)
     for _ in range(2):
-        phases.seconds.clear()
-        phases.mib.clear()
-        start = phases.clock()
-        work, row = trainer.rollout(samples)
-        trainer.update([w for group in work for w in group])
-        total = phases.clock() - start
-    assert (
-        row["length"] == shape.new
-        and row["accuracy"] == 0.5
-        and row["tutored"] == (0.5 if lam else 0)
-    ), row
+        phases.clear()
+        began = phases.clock()
+        groups = trainer.sample(trainer.read(questions))
+        trainer.grade(groups)
+        trainer.assign(groups)
+        trainer.score([response for group in groups for response in group])
+        trainer.step()
+        total = phases.clock() - began
+    numbers = rollout_statistics(groups, config)
+    assert numbers["length"] == shape.new, numbers
+    assert numbers["accuracy"] == 0.5, numbers
+    assert numbers["tutored"] == (0.5 if lam else 0), numbers
     phases.seconds["rest"] = total - sum(phases.seconds.values())
     return {
         "seconds": total,
         "phases": phases.seconds,
         "phase_mib": phases.mib,
         "mib": max(phases.mib.values()) if GPU else high_water(),
-        "predicted_gib": train.plan(config, method, 1, bf16)["peak"],
+        "predicted_gib": plan(config, 1, trainer.accelerator.mixed_precision == "bf16")["peak"],
     }
 
 
-def measure_trl(shape: Shape, micro: int) -> dict:
-    """Two steps of GRPOTrainer.train on the same questions, KL penalty on, tower frozen; the second counts. micro: responses a forward."""
-    from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+# ------------------------------------------------------------------------------------------- TRL's
+def trl_settings(shape: Shape, micro: int):
+    """Two steps of our GRPO: KL penalty, the same questions per step."""
+    from trl import GRPOConfig
 
-    from plumbing.images import load_processor
-    from rollout import FORMAT_PROMPT
-
-    folder, samples, phases, lora = (
-        make_folder(shape),
-        make_samples(shape),
-        Phases(),
-        shape.options.get("lora"),
-    )
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.bfloat16 if lora else torch.float32
-    )
-    model.model.visual.requires_grad_(False)
-    config = GRPOConfig(
+    return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         num_generations=GROUP,
         per_device_train_batch_size=micro,
@@ -244,100 +269,144 @@ def measure_trl(shape: Shape, micro: int) -> dict:
         logging_strategy="no",
         gradient_checkpointing=shape.options.get("gradient_checkpointing", False),
         optim="adamw_torch",
-        generation_kwargs={"suppress_tokens": [*SPECIAL, 1, 2, 5]},
+        generation_kwargs={"suppress_tokens": [*EMBEDDED.banned(), 1, 5]},
         disable_tqdm=True,
         model_init_kwargs=None,
     )
-    peft = None
+
+
+def make_trl_trainer(shape: Shape, micro: int, callback):
+    """TRL's GRPOTrainer with a frozen vision tower. Each second response has failed."""
+    from datasets import Dataset
+    from transformers import AutoModelForImageTextToText
+    from trl import GRPOTrainer
+
+    from plumbing.images import load_processor
+    from rollout import FORMAT_PROMPT
+
+    folder, lora = make_folder(shape), shape.options.get("lora")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16 if lora else torch.float32
+    )
+    model.model.visual.requires_grad_(False)
+    adapters = None
     if lora:
         from peft import LoraConfig
 
-        peft = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=r".*language_model.*_proj")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"{s.text}\n{FORMAT_PROMPT}"}],
-            "image": s.images[0],
-        }
-        for s in samples
-    ]
-    calls, starts, totals = iter(range(10**9)), [], []
+        targets = r".*language_model.*_proj"
+        adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=targets)
+    rows = []
+    for question in make_questions(shape):
+        turn = {"role": "user", "content": f"{question.text}\n{FORMAT_PROMPT}"}
+        rows.append({"prompt": [turn], "image": question.images[0]})
+    calls = itertools.count()
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(next(calls) % 2 == 0) for _ in completions],
+        args=trl_settings(shape, micro),
+        callbacks=[callback],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_processor(folder),
+        peft_config=adapters,
+    )
+    trainer.generation_config.eos_token_id = None
+    return trainer
+
+
+def measure_trl(shape: Shape, micro: int) -> dict:
+    """Two steps of GRPOTrainer.train; the second counts. micro: responses per forward."""
+    from transformers import TrainerCallback
+
+    phases, begins, totals = Phases(), [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             phases.seconds.clear()
-            starts.append(phases.clock())
+            begins.append(phases.clock())
 
         def on_step_end(self, *_, **__):
-            totals.append(phases.clock() - starts[-1])
+            totals.append(phases.clock() - begins[-1])
 
-    trainer = GRPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: [float(next(calls) % 2 == 0) for _ in completions],
-        args=config,
-        callbacks=[Clock()],
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_processor(folder),
-        peft_config=peft,
-    )
-    trainer.generation_config.eos_token_id = None
-    trainer._generate_single_turn = phases.wrap("sample", trainer._generate_single_turn)
+    trainer = make_trl_trainer(shape, micro, Clock())
+    phases.watch(trainer, "_generate_single_turn", "sample")
     trainer.train()
     lengths = trainer._metrics["train"]["completions/mean_length"]
-    assert len(totals) == 2 and all(n == shape.new for n in lengths), (totals, lengths)
+    assert len(totals) == 2, totals
+    assert all(length == shape.new for length in lengths), lengths
     phases.seconds["rest"] = totals[-1] - sum(phases.seconds.values())
+    if GPU:
+        mib = max(torch.cuda.max_memory_allocated() / 2**20, *phases.mib.values())
+    else:
+        mib = high_water()
     return {
         "seconds": totals[-1],
         "phases": phases.seconds,
         "phase_mib": phases.mib,
-        "mib": max(torch.cuda.max_memory_allocated() / 2**20, *phases.mib.values())
-        if GPU
-        else high_water(),
+        "mib": mib,
         "micro": micro,
     }
 
 
-CONTENDERS = {"TRL GRPOTrainer": None, "ours, GRPO": 0.0, "ours, PTD-PO": 0.05}
+# ------------------------------------------------------------------------------------ measurements
+def attempts(name: str, shape: Shape) -> list[Callable[[], dict]]:
+    """How to measure a contender: TRL with smaller and smaller micro-batches, until one fits."""
+    if name == "ours, GRPO":
+        return [lambda: measure_ours(shape, lam=0.0)]
+    if name == "ours, PTD-PO":
+        return [lambda: measure_ours(shape, lam=0.05)]
+    sizes = (GROUP, GROUP // 2, GROUP // 4)
+    return [lambda micro=micro: measure_trl(shape, micro) for micro in sizes]
+
+
+CONTENDERS = ("TRL GRPOTrainer", "ours, GRPO", "ours, PTD-PO")
 
 
 def measure(name: str, label: str) -> dict:
-    """One contender in this process. TRL gets the largest micro-batch that fits."""
-    shape, errors = SHAPES[label], 0
-    sizes = [GROUP] if name.startswith("ours") else [GROUP, GROUP // 2, GROUP // 4]
-    for micro in sizes:
-        with contextlib.redirect_stdout(sys.stderr):
-            try:
-                got = (
-                    measure_trl(shape, micro)
-                    if name.startswith("TRL")
-                    else measure_ours(shape, CONTENDERS[name])
-                )
-                return {
-                    "name": name,
-                    "shape": label,
-                    **got,
-                    "machine": machine("transformers", "trl"),
-                }
-            except torch.OutOfMemoryError:
-                errors += 1
-        torch.cuda.empty_cache()
-    return {
-        "name": name,
-        "shape": label,
-        "seconds": None,
-        "machine": machine("transformers", "trl"),
-    }
+    """One contender in this process; "seconds" is None where it does not fit."""
+    row = {"name": name, "shape": label, "seconds": None}
+    for attempt in attempts(name, SHAPES[label]):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                row |= attempt()
+            break
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # after the except clause, whose traceback holds the tensors
+    return row | {"machine": machine("transformers", "trl")}
 
 
-def line(row: dict, peer: float | None) -> str:
+HEADER = ["", "seconds a step", "x TRL", "sample", "score", "teacher", "update", "rest"]
+HEADER += ["peak, GiB", "predicted"]
+
+
+def table_row(row: dict, peer_seconds: float | None) -> list[str]:
+    """One contender's cells under HEADER."""
     if row["seconds"] is None:
-        return f"| {row['name']} | does not fit | | | | | | | |"
-    cells = [
-        f"{row['phases'][p]:.1f}" if p in row["phases"] else ""
-        for p in ("sample", "score", "teacher", "update", "rest")
+        return [row["name"], "does not fit", *[""] * (len(HEADER) - 2)]
+    phases = []
+    for phase in ("sample", "score", "teacher", "update", "rest"):
+        seconds = row["phases"].get(phase)
+        phases.append("" if seconds is None else f"{seconds:.1f}")
+    has_prediction = GPU and "predicted_gib" in row
+    return [
+        row["name"],
+        f"{row['seconds']:.1f}",
+        f"{peer_seconds / row['seconds']:.2f}" if peer_seconds else "",
+        *phases,
+        f"{row['mib'] / 1024:.1f}",
+        f"{row['predicted_gib']:.1f}" if has_prediction else "",
     ]
-    ratio = f"{peer / row['seconds']:.2f}" if peer else ""
-    guess = f"{row['predicted_gib']:.1f}" if GPU and "predicted_gib" in row else ""
-    return f"| {row['name']} | {row['seconds']:.1f} | {ratio} | {' | '.join(cells)} | {row['mib'] / 1024:.1f} | {guess} |"
+
+
+def table(rows: list[dict], label: str) -> str:
+    """Markdown, one line per contender; the first is the peer."""
+    shape = SHAPES[label]
+    setting = (
+        f"{label}: {shape.questions} questions x {GROUP} responses of {shape.new} tokens, pictures "
+        f"of {shape.side**2} tokens. {rows[0]['machine']}."
+    )
+    cells = [table_row(row, rows[0]["seconds"]) for row in rows]
+    return f"{setting}\n\n{markdown_table(HEADER, cells)}"
 
 
 def main() -> None:
@@ -352,27 +421,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         return print(json.dumps(measure(*args.run)))
-    env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
     for label in args.shapes:
-        shape, rows = SHAPES[label], []
+        rows = []
         for name in CONTENDERS:
-            got = subprocess.run(
-                [sys.executable, __file__, "--run", name, label],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=env,
-            )
-            rows.append(json.loads(got.stdout.splitlines()[-1]))
-            RESULTS.parent.mkdir(exist_ok=True)
-            with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-        print(
-            f"\n{label}: {shape.questions} questions x {GROUP} responses of {shape.new} tokens, pictures of {shape.side**2} tokens. {rows[0]['machine']}.\n\n"
-            "| | seconds a step | x TRL | sample | score | teacher | update | rest | peak, GiB | predicted |\n|---|---|---|---|---|---|---|---|---|---|"
-        )
-        for row in rows:
-            print(line(row, rows[0]["seconds"]), flush=True)
+            rows.append(measure_in_child(__file__, [name, label]))
+            append_row(ROWS, rows[-1])
+        print(f"\n{table(rows, label)}", flush=True)
 
 
 if __name__ == "__main__":

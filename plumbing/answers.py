@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
 
 # In characters. What is longer is no answer, so no pattern below reads more than this.
 LONGEST_ANSWER = 400
@@ -643,20 +642,3 @@ def _is_unread_formula(gold: str) -> bool:
     items = parts[1] if parts else [gold]
     numbers = [to_number(split_unit(item)[0]) for item in items]
     return None in numbers and _FORMULA_SIGN.search(gold) is not None
-
-
-# for callers that move to rollout.verify
-def verify(
-    response: str,
-    answer: str,
-    choices: list[str] | None = None,
-    same: Callable[..., bool] = same_answer,
-) -> bool:
-    """Is the response's final answer the gold answer? False where there is no answer."""
-    given = extract_answer(response)
-    return given is not None and same(given, answer, choices)
-
-
-def load_verifier(name: str) -> Callable[..., bool]:
-    """`verify` with the judge of that name. Raises ValueError where it is not installed."""
-    return partial(verify, same=load_judge(name))

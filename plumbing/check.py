@@ -12,174 +12,225 @@ from hints import teacher_messages
 from losses import scores_from_hidden
 from plumbing.answers import pick_option
 from plumbing.images import open_image
-from rollout import encode_prompts, response_states, student_messages
+from plumbing.runs import rollout_statistics
+from rollout import (
+    Prompt,
+    Question,
+    Response,
+    encode_prompts,
+    response_states,
+    student_messages,
+    verify,
+)
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
     from train import Trainer
 
 
-def check(trainer: Trainer, questions: QuestionStream) -> tuple[bool, str]:
-    """What goes wrong silently, looked for on the user's own model and data before a long run: -> all fine?, the table.
+def check(trainer: Trainer, stream: QuestionStream) -> tuple[bool, str]:
+    """What goes wrong silently, looked for on the user's own model and data before a long run.
 
-    Samples four questions, scores them in every way that training does, and grades gold answers against themselves.
+    Samples groups of four questions, scores one response of each in every way that training does,
+    and grades gold answers against themselves. Returns whether all is right, and the table.
     """
-    config, accelerator, method = trainer.config, trainer.accelerator, trainer.method
-    exact, rows = accelerator.mixed_precision == "no", []
+    config = trainer.config
+    questions = stream.first(200)
+    context = config.teacher_context
+    teachable = [q for q in questions if teacher_messages(q, context) is not None][:4]
+    if not teachable:
+        return False, (
+            f"FAIL hints: none of the first {len(questions)} questions has a {context}\n"
+            "     -> build hints with plumbing.build_hints; without any, PTD-PO is GRPO"
+        )
+    groups = trainer.sample(trainer.read(teachable))
+    trainer.grade(groups)
+    trainer.assign(groups)
+    responses = [group[0] for group in groups]
+    table = Table(exact=trainer.accelerator.mixed_precision == "no")
+    check_scores(trainer, responses, table)
+    check_reference(trainer, table)
+    check_gold_answers(trainer, questions, table)
+    check_lengths(trainer, groups, table)
+    return not table.failed, "\n".join(table.lines)
 
-    def expect(name: str, fine: bool, seen: str, advice: str) -> None:
-        rows.append(
-            f"{'ok  ' if fine else 'FAIL'} {name}: {seen}" + ("" if fine else f"\n     -> {advice}")
-        )
 
-    some = [questions[i] for i in range(min(200, len(questions.samples or range(200))))]
-    taught = [s for s in some if teacher_messages(s, config.teacher_context) is not None][:4]
-    if not taught:
-        return (
-            False,
-            f"FAIL hints: none of the first {len(some)} questions has a {config.teacher_context}\n     -> build hints with plumbing.build_hints; without any, PTD-PO is GRPO",
-        )
-    groups, row = trainer.rollout(taught)
-    work = [group[0] for group in groups]  # one response a question is scored: a micro-batch
-    contexts, plain = (
-        [teacher_messages(s, config.teacher_context) for s in taught],
-        trainer._collate(work, [w.prompt for w in work]),
-    )
-    grey = [
-        replace(s, images=[Image.new("RGB", open_image(i).size, "grey") for i in s.images])
-        for s in taught
-    ]
-    views = {
-        name: encode_prompts(trainer.processor, samples, chats)
-        for name, samples, chats in (
-            ("hint", taught, contexts),
-            ("nothing", taught, [student_messages(s) for s in taught]),
-            ("grey", grey, contexts),
-        )
-    }
-    with torch.no_grad(), accelerator.autocast():
-        states = {
-            name: trainer.reference(
-                run=lambda model, b=trainer._collate(work, prompts): response_states(model, b)
-            )[plain.mask]
-            for name, prompts in views.items()
-        }
-        head = trainer.reference.head
-        moved = {
-            name: scores_from_hidden(
-                states[name],
-                head,
-                plain.ids[plain.mask],
-                states["hint"],
-                head,
-                k=method.jsd_k,
-                **trainer.settings,
-            )[2]
-            .mean()
-            .item()
-            for name in ("nothing", "grey")
-        }
-        together = trainer.student(plain, **trainer.settings)[0]
-        alone = [
-            trainer.student(trainer._collate([w], [w.prompt]), **trainer.settings)[0][0]
-            for w in work
-        ]
+class Table:
+    """The lines of the report. exact: float32, so that scores must agree closely."""
+
+    def __init__(self, exact: bool):
+        self.exact, self.failed, self.lines = exact, False, []
+
+    def expect(self, name: str, is_right: bool, seen: str, advice: str) -> None:
+        """One check: what was seen, and advice where it is not right."""
+        self.lines.append(f"{'ok  ' if is_right else 'FAIL'} {name}: {seen}")
+        if not is_right:
+            self.failed = True
+            self.lines.append(f"     -> {advice}")
+
+
+def check_scores(trainer: Trainer, responses: list[Response], table: Table) -> None:
+    """The responses scored in every way that training does: do the scores agree?"""
+    batch = trainer.collate(responses)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        views = teacher_views(trainer, responses)
+        moved = {name: mean_divergence(trainer, batch, views, name) for name in ("nothing", "grey")}
+        together, _, _ = trainer.student_scores(batch)
+        alone = [trainer.student_scores(trainer.collate([r]))[0][0] for r in responses]
     trainer.student.train()
-    learning = trainer._collate(work, [w.prompt for w in work], apart=config.gradient_checkpointing)
-    logp, _, jsd = trainer.student(
+    learning = trainer.collate(responses, trainer.config.gradient_checkpointing)
+    logp, _, divergence = trainer.student_scores(
         learning,
-        tutored=torch.ones_like(plain.rows, dtype=torch.bool),
-        teacher_states=states["hint"],
-        teacher_head=head,
-        k=method.jsd_k,
-        **trainer.settings,
+        tutored=trainer.tensor([True] * len(responses)),
+        teacher_states=views["hint"],
+        teacher_head=trainer.reference.head,
+        k=trainer.config.jsd_k,
     )
-    ratio = (logp.detach() - together).exp().sub(1).abs().max().item()
-    expect(
-        "the ratio is 1 on the first pass",
-        ratio < (1e-4 if exact else 1e-2),
-        f"largest |ratio - 1| {ratio:.1e}",
-        "two passes over the same tokens differ: is there dropout in the model's config, or a kernel that is not deterministic?",
-    )
-    drawn = [
-        max(abs(a - b) for a, b in zip(together[i].tolist(), w.rollout.logp))
-        for i, w in enumerate(work)
-        if w.rollout.logp
-    ]
-    expect(
-        "the scorer agrees with the sampler",
-        max(drawn, default=0) < (1e-3 if exact else 1.0),
-        f"largest difference of a log-prob {max(drawn, default=0):.1e}",
-        "positions or masks differ between decoding and scoring; try --generate hf, and report the model's class",
-    )
-    gap = max((a - b[: len(a)]).abs().max().item() for a, b in zip(alone, together))
-    expect(
-        "padding changes nothing",
-        gap < (1e-3 if exact else 0.5),
-        f"largest difference of a log-prob, padded and alone, {gap:.1e}",
-        "the model reads its padding; report the model's class",
-    )
-    accelerator.backward(jsd.sum() / plain.mask.sum())
-    norm = (
-        torch.stack([p.grad.norm() for p in trainer.student.parameters() if p.grad is not None])
-        .norm()
-        .item()
-    )
+    _expect_equal_scores(table, responses, logp.detach(), together, alone)
+    trainer.accelerator.backward(divergence.sum() / batch.mask.sum())
+    gradients = [p.grad.norm() for p in trainer.student.parameters() if p.grad is not None]
+    norm = torch.stack(gradients).norm().item()
     trainer.optimizer.zero_grad()
-    expect(
+    table.expect(
         "tutoring has a gradient",
         norm > 1e-8,
         f"norm {norm:.1e}",
-        "the teacher's distribution is the student's own, or nothing is trainable: see the two lines below",
+        "the teacher's distribution is the student's own, or nothing is trainable: see the two "
+        "lines below",
     )
-    expect(
-        f"the {config.teacher_context} changes the teacher's distribution",
+    table.expect(
+        f"the {trainer.config.teacher_context} changes the teacher's distribution",
         moved["nothing"] > 1e-5,
         f"mean divergence with and without it {moved['nothing']:.1e}",
         "the hint is not read: does the chat template drop it? Or it says nothing new",
     )
-    pictured = any(s.images for s in taught)
-    expect(
+    has_images = any(response.question.images for response in responses)
+    table.expect(
         "the image changes the teacher's distribution",
-        not pictured or moved["grey"] > 1e-6,
-        f"mean divergence to a grey one {moved['grey']:.1e}" if pictured else "no images here",
+        not has_images or moved["grey"] > 1e-6,
+        f"mean divergence to a grey one {moved['grey']:.1e}" if has_images else "no images here",
         "the teacher does not see the image: check the column 'images' and the processor",
     )
-    marks = torch.stack(
-        [
-            torch.stack([p.detach().double().sum(), p.detach().double().abs().sum()])
-            for p in trainer.reference.parameters()
-        ]
-    ).sum(0)
-    everywhere = accelerator.gather(marks.unsqueeze(0))
-    expect(
+
+
+def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torch.Tensor]:
+    """The reference's states at all response tokens, (tokens, H), by what it reads.
+
+    "hint": the teacher's chat. "nothing": the student's. "grey": the teacher's, with grey images.
+    """
+    questions = [response.question for response in responses]
+    grey = [replace(q, images=[grey_copy(image) for image in q.images]) for q in questions]
+    context = trainer.config.teacher_context
+    hinted = [teacher_messages(question, context) for question in questions]
+    plain = [student_messages(question) for question in questions]
+
+    def states(prompts: list[Prompt]) -> torch.Tensor:
+        batch = trainer.collate(responses, prompts=prompts)
+        return trainer.reference(lambda model: response_states(model, batch))[batch.mask]
+
+    return {
+        "hint": states(encode_prompts(trainer.processor, questions, hinted)),
+        "nothing": states(encode_prompts(trainer.processor, questions, plain)),
+        "grey": states(encode_prompts(trainer.processor, grey, hinted)),
+    }
+
+
+def grey_copy(image) -> Image.Image:
+    """A grey image of the same size."""
+    return Image.new("RGB", open_image(image).size, "grey")
+
+
+def mean_divergence(trainer: Trainer, batch, views: dict, name: str) -> float:
+    """Mean Top-K JSD per token between the teacher's view `name` and its view with the hint."""
+    head, ids = trainer.reference.head, batch.ids[batch.mask]
+    scores = scores_from_hidden(
+        views[name], head, ids, views["hint"], head, k=trainer.config.jsd_k, **trainer.scoring
+    )
+    return scores[2].mean().item()
+
+
+def _expect_equal_scores(table: Table, responses, logp, together, alone) -> None:
+    """logp: of the pass with gradient; together: without, in one batch; alone: one by one."""
+    ratio = (logp - together).exp().sub(1).abs().max().item()
+    table.expect(
+        "the ratio is 1 on the first pass",
+        ratio < (1e-4 if table.exact else 1e-2),
+        f"largest |ratio - 1| {ratio:.1e}",
+        "two passes over the same tokens differ: is there dropout in the model's config, or a "
+        "kernel that is not deterministic?",
+    )
+    sampler_gap = 0.0
+    for response, row in zip(responses, together.tolist(), strict=True):
+        for scored, drawn in zip(row, response.logp or [], strict=False):
+            sampler_gap = max(sampler_gap, abs(scored - drawn))
+    table.expect(
+        "the scorer agrees with the sampler",
+        sampler_gap < (1e-3 if table.exact else 1.0),
+        f"largest difference of a log-prob {sampler_gap:.1e}",
+        "positions or masks differ between decoding and scoring; try --generate hf, and report the "
+        "model's class",
+    )
+    padding_gap = 0.0
+    for single, row in zip(alone, together, strict=True):
+        padding_gap = max(padding_gap, (single - row[: len(single)]).abs().max().item())
+    table.expect(
+        "padding changes nothing",
+        padding_gap < (1e-3 if table.exact else 0.5),
+        f"largest difference of a log-prob, padded and alone, {padding_gap:.1e}",
+        "the model reads its padding; report the model's class",
+    )
+
+
+def check_reference(trainer: Trainer, table: Table) -> None:
+    """The frozen reference has the same weights on every process, by two sums of them."""
+    sums = torch.zeros(2, dtype=torch.float64, device=trainer.accelerator.device)
+    for parameter in trainer.reference.parameters():
+        values = parameter.detach().double()
+        sums += torch.stack([values.sum(), values.abs().sum()])
+    of_processes = trainer.accelerator.gather(sums.unsqueeze(0))
+    table.expect(
         "the reference is the same on every process",
-        bool((everywhere == everywhere[0]).all()),
-        f"{len(everywhere)} checksums",
+        bool((of_processes == of_processes[0]).all()),
+        f"{len(of_processes)} checksums",
         "the processes loaded different weights: is the model folder the same for all?",
     )
-    unread = [
-        s.id
-        for s in some
-        if not trainer.verify(f"\\boxed{{{s.answer}}}", s.answer, s.choices)
-        or s.choices
-        and pick_option(s.answer, s.choices) is None
-    ]
-    expect(
+
+
+def check_gold_answers(trainer: Trainer, questions: list[Question], table: Table) -> None:
+    """Each gold answer, in a box, is right; with options it is one of them."""
+
+    def is_unreadable(question: Question) -> bool:
+        if not verify(f"\\boxed{{{question.answer}}}", question, trainer.same_answer):
+            return True
+        has_options = bool(question.choices)
+        return has_options and pick_option(question.answer, question.choices) is None
+
+    unreadable = [question.id for question in questions if is_unreadable(question)]
+    with_options = sum(bool(question.choices) for question in questions)
+    seen = f"{len(questions) - len(unreadable)} of {len(questions)}, {with_options} with options"
+    if unreadable:
+        seen += f"; first that does not: {unreadable[0]}"
+    table.expect(
         "gold answers verify against themselves",
-        not unread,
-        f"{len(some) - len(unread)} of {len(some)}, {sum(bool(s.choices) for s in some)} with options"
-        + (f"; first that does not: {unread[0]}" if unread else ""),
-        "such an answer can never be rewarded: a gold answer that is no option, is too long, or needs --verifier math",
+        not unreadable,
+        seen,
+        "such an answer can never be rewarded: a gold answer that is no option, is too long, or "
+        "needs --verifier math",
     )
-    cut, count = row["truncated"], len(taught) * config.group_size
-    expect(
+
+
+def check_lengths(trainer: Trainer, groups: list[list[Response]], table: Table) -> None:
+    """Most responses end before the limit; and what was sampled, in one line."""
+    config, row = trainer.config, rollout_statistics(groups, trainer.config)
+    count = len(groups) * config.group_size
+    table.expect(
         "responses end before the limit",
-        cut <= 0.25,
-        f"{100 * cut:.0f} % of {count} cut off at --max-new-tokens {config.max_new_tokens}",
+        row["truncated"] <= 0.25,
+        f"{100 * row['truncated']:.0f} % of {count} cut off at --max-new-tokens "
+        f"{config.max_new_tokens}",
         "raise --max-new-tokens, or --mask-truncated",
     )
-    rows.append(
-        f"     sampled: {100 * row['accuracy']:.0f} % right, {100 * row['all_failed']:.0f} % in groups that all failed, {row['length']:.0f} tokens long"
+    table.lines.append(
+        f"     sampled: {100 * row['accuracy']:.0f} % right, {100 * row['all_failed']:.0f} % in "
+        f"groups that all failed, {row['length']:.0f} tokens long"
     )
-    return not any(line.startswith("FAIL") for line in rows), "\n".join(rows)

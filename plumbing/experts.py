@@ -55,7 +55,6 @@ def local_expert(path: str, max_new_tokens: int):
         [[reply]] = sample_groups(
             model,
             processor,
-            [question],
             prompts,
             1,
             max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""An image from file to features: opened, processed without torchvision, run through a frozen tower once."""
+"""An image from file to features: opened, processed without torchvision, encoded once if frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class StoredImage:
-    """An image in a `datasets` table, decoded when it is used: a large table does not fit into memory. size: width, height."""
+    """An image in a table of `datasets`, decoded when it is used: a large table exceeds the memory.
+
+    size: width, height. place: which image of a row that has a list.
+    """
 
     table: object
     row: int
@@ -30,38 +33,44 @@ class StoredImage:
 
     def open(self) -> Image.Image:
         value = self.table[self.row][self.column]
-        return _picture(value[self.place] if isinstance(value, list) else value)
+        return decode_cell(value[self.place] if isinstance(value, list) else value)
 
 
-def _picture(value) -> Image.Image:
-    """A table's image: decoded already, or as stored, {"bytes", "path"}."""
-    return (
-        Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-        if isinstance(value, dict)
-        else value
-    )
+def decode_cell(value) -> Image.Image:
+    """The image of a table's cell: decoded already, or as stored, {"bytes", "path"}."""
+    if not isinstance(value, dict):
+        return value
+    return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
 
 
 def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
-    """A sample's image, in RGB."""
-    if not isinstance(image, Image.Image):
-        image = image.open() if isinstance(image, StoredImage) else Image.open(image)
+    """A question's image, in RGB."""
+    if isinstance(image, StoredImage):
+        image = image.open()
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
-    """A Qwen-VL processor for images and text alone: no video processor, so no torchvision. Works for Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+    """A processor of Qwen2-VL, Qwen2.5-VL and Qwen3-VL for images and text alone.
+
+    It has no video processor, so it does not need torchvision.
+    """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
 
 def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageTextProcessor:
-    """The processor of a saved model, by pillow; min_pixels, max_pixels: an image's smallest and largest area, 0: the model's own.
-    Raises ValueError where there is no chat template.
+    """The processor of a saved model, by pillow.
 
-    TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and AutoImageProcessor wants torchvision in some
-    versions; so each part is loaded by its class, which the three model families share.
+    min_pixels, max_pixels: smallest and largest area of an image; 0: the model's own. Raises
+    ValueError where there is no chat template.
+
+    TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and
+    AutoImageProcessor wants torchvision in some versions. So each part is loaded by its class,
+    which the three model families share.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
@@ -82,31 +91,39 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _holds_patches(pixels: torch.Tensor, grid: torch.Tensor) -> bool:
+    """Patches, or features? There is one feature where there are four patches."""
+    return len(pixels) == grid.prod(-1).sum()
+
+
 def take_features(model) -> None:
-    """Let a model with a frozen vision tower take an image's features where it is given its patches, in every pass over a prompt."""
+    """Let a model with a frozen tower accept an image's features in the place of its patches.
+
+    It holds for every later pass over a prompt: the tower's forward is replaced.
+    """
     tower = model.model.visual
     run, width = tower.forward, model.config.text_config.hidden_size
 
-    def forward(pixels, grid_thw, **how):
-        if (
-            len(pixels) == grid_thw.prod(-1).sum()
-        ):  # patches; of features there is one where there are four of these
-            return run(pixels, grid_thw, **how)
-        first, *deeper = pixels.split(width, -1)  # Qwen3-VL has more than one feature a token
-        return SimpleNamespace(pooler_output=first, deepstack_features=deeper)
+    def forward(pixels, grid_thw, **settings):
+        if _holds_patches(pixels, grid_thw):
+            return run(pixels, grid_thw, **settings)
+        final, *deeper = pixels.split(width, -1)  # Qwen3-VL has more than one feature per token
+        return SimpleNamespace(pooler_output=final, deepstack_features=deeper)
 
     tower.forward = forward
 
 
 @torch.no_grad()
 def encode_images(model, prompts: list[Prompt]) -> None:
-    """Run the vision tower once over the images of prompts that still hold patches, and keep its features (tokens, features) in their place, on
-    the CPU. The model, and any other with the same frozen tower, must `take_features`."""
+    """Run the vision tower once over the images of the prompts that still hold patches.
+
+    Its features (tokens, features) take the patches' place in the prompts, on the CPU. The model,
+    and any other with the same frozen tower, must `take_features` first.
+    """
     for prompt in prompts:
-        if prompt.pixels is not None and len(prompt.pixels) == prompt.grid.prod(-1).sum():
-            out = model.model.visual(
-                prompt.pixels.to(model.device, model.dtype), grid_thw=prompt.grid.to(model.device)
-            )
-            prompt.pixels = torch.cat(
-                [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], -1
-            ).cpu()
+        if prompt.pixels is None or not _holds_patches(prompt.pixels, prompt.grid):
+            continue
+        pixels = prompt.pixels.to(model.device, model.dtype)
+        out = model.model.visual(pixels, grid_thw=prompt.grid.to(model.device))
+        deeper = getattr(out, "deepstack_features", None) or []
+        prompt.pixels = torch.cat([out.pooler_output, *deeper], -1).cpu()

@@ -2,34 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from transformers import AutoConfig
 
 from hints import Hint, screen_hints, teacher_messages
-from plumbing.answers import load_verifier
+from plumbing.answers import load_judge
 from plumbing.data import QuestionStream, load_questions
 from plumbing.hint_file import join_hints
 from plumbing.images import ImageTextProcessor, load_processor
 from rollout import Question, student_messages
-from toy import world
-
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from train import TrainConfig
 
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
-def read_inputs(
-    config: TrainConfig, world_size: int
-) -> tuple[QuestionStream, list[Question], str, Path, ImageTextProcessor]:
-    """Check everything that can be checked before a model is loaded: -> questions, held-out samples, a note, the run folder, the processor.
 
-    A hint that holds a spoiler or is too long is dropped and counted in the note; its sample is kept and never tutored. Raises ValueError.
+@dataclass
+class Inputs:
+    """What a run starts from.
+
+    stream: question number i of the run. held_out: questions to evaluate on. note: what was read,
+    dropped and left out, to be printed. folder: of the run. processor: of the model. same_answer:
+    the judge of two answers.
     """
+
+    stream: QuestionStream
+    held_out: list[Question]
+    note: str
+    folder: Path
+    processor: ImageTextProcessor
+    same_answer: object
+
+
+def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
+    """Read and check everything that needs no model. world: the built-in puzzles, toy.world.
+
+    A hint that holds a spoiler or is too long is dropped and counted in the note; its question
+    stays and is never tutored. Raises ValueError.
+    """
+    _check_options(config, world_size)
+    same_answer = load_judge(config.verifier)
+    _check_model(config.model)
+    folder = _run_folder(config)
+    processor = load_processor(config.model, config.min_pixels, config.max_pixels)
+    reader = _Reader(config, processor)
+    if config.eval_data:
+        held_out = reader.load(config.eval_data, config.eval_split)
+        reader.screen_held_out(held_out)
+    else:
+        held_out = world.puzzles("heldout", config.eval_questions, fog=config.fog)
+    if config.data:
+        questions = reader.load(config.data, config.split)
+        note = reader.take_hints(questions)
+        stream = QuestionStream(questions, config.seed)
+        if config.train_vision and world_size > 1 and not all(q.images for q in questions):
+            raise ValueError(
+                "--train-vision in several processes needs an image in every question: a "
+                "micro-batch without one leaves the tower's weights out"
+            )
+    else:
+        note = "questions: built-in puzzles, all with a hint"
+        stream = world.PuzzleStream(config.seed, config.fog)
+    note += reader.left_out()
+    held_out = held_out[: config.eval_questions]
+    return Inputs(stream, held_out, note, folder, processor, same_answer)
+
+
+def _check_options(config: TrainConfig, world_size: int) -> None:
     if config.questions % world_size:
         raise ValueError(
             f"--questions {config.questions} must be a multiple of the {world_size} processes"
@@ -38,111 +83,108 @@ def read_inputs(
         raise ValueError("--hints needs --data: the puzzles bring their own")
     if config.fog and config.data:
         raise ValueError("--fog is for the built-in puzzles: it cannot stand beside --data")
-    load_verifier(config.verifier)
-    local = Path(config.model)
-    if not local.exists() and (
-        local.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1
-    ):
-        raise ValueError(
-            f"--model {config.model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
-        )
-    try:
-        model_type = AutoConfig.from_pretrained(config.model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {config.model}: cannot read its config.json: {str(error).splitlines()[0]}"
-        ) from None
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"--model {config.model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}"
-        )
     if config.report and world_size > 1:
         raise ValueError(
-            f"--report runs in one process: afterwards, python train.py --report runs/{config.name or 'NAME'}"
+            "--report runs in one process: afterwards, python train.py --report "
+            f"runs/{config.name or 'NAME'}"
         )
-    run = (
-        Path(config.resume)
-        if config.resume
-        else Path("runs") / (config.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    )
-    if run.exists() and not config.resume:
-        raise ValueError(f"{run} exists already; choose another --name or remove it")
-    processor, bad = load_processor(config.model, config.min_pixels, config.max_pixels), []
 
-    def load(source, split):
-        found = load_questions(
+
+def _check_model(model: str) -> None:
+    is_path = Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1
+    if is_path and not Path(model).exists():
+        raise ValueError(
+            f"--model {model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
+        )
+    try:
+        model_type = AutoConfig.from_pretrained(model).model_type
+    except (OSError, ValueError) as error:
+        headline = str(error).splitlines()[0]
+        raise ValueError(f"--model {model}: cannot read its config.json: {headline}") from None
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"--model {model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}"
+        )
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    if config.resume:
+        return Path(config.resume)
+    folder = Path("runs") / (config.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another --name or remove it")
+    return folder
+
+
+class _Reader:
+    """Reads questions and their hints, and counts what it leaves out."""
+
+    def __init__(self, config: TrainConfig, processor: ImageTextProcessor):
+        self.config, self.processor = config, processor
+        self.bad: list[str] = []
+        self.too_long = 0
+
+    def load(self, source: str, split: str) -> list[Question]:
+        """The questions of a source whose prompts are short enough."""
+        config = self.config
+        loaded = load_questions(
             source,
             Hint.from_json,
             split=split,
             image_dir=config.image_dir,
-            bad=bad if config.skip_bad else None,
+            bad=self.bad if config.skip_bad else None,
         )
-        fits = [prompt_tokens(processor, s) <= config.max_prompt for s in found]
-        if not any(fits):
-            raise ValueError(
-                f"{source}: every prompt is longer than --max-prompt {config.max_prompt} tokens"
-            )
-        return [s for s, fine in zip(found, fits) if fine], fits.count(False)
+        limit = config.max_prompt
+        questions = [q for q in loaded if prompt_tokens(self.processor, q) <= limit]
+        if not questions:
+            raise ValueError(f"{source}: every prompt is longer than --max-prompt {limit} tokens")
+        self.too_long += len(loaded) - len(questions)
+        return questions
 
-    held_out, long = (
-        load(config.eval_data, config.eval_split)
-        if config.eval_data
-        else (world.puzzles("heldout", config.eval_questions, fog=config.fog), 0)
-    )
-    if config.eval_data and (
-        leaky := sum(
-            map(len, screen_hints(held_out, processor.tokenizer, config.max_hint_tokens).values())
-        )
-    ):
-        bad.append(f"{leaky} unusable hints of held-out questions")
-    samples, note = None, "questions: built-in puzzles, all with a hint"
-    if config.data:
-        samples, more = load(config.data, config.split)
-        long += more
-        strangers = join_hints(samples, config.hints) if config.hints else 0
-        dropped = screen_hints(samples, processor.tokenizer, config.max_hint_tokens)
-        note = f"questions: {len(samples)} from {config.data}; {sum(s.hint is not None for s in samples)} with a hint"
-        note += "".join(
-            f", {len(ids)} hints dropped ({reason}; first: {ids[0]})"
-            for reason, ids in dropped.items()
-            if ids
-        )
-        note += (
-            f"; {strangers} lines of {config.hints} belong to no question here" if strangers else ""
-        )
-        teachable = sum(teacher_messages(s, config.teacher_context) is not None for s in samples)
-        note += (
-            f"; {len(samples) - teachable} are never tutored, for want of a {config.teacher_context}"
-            if teachable < len(samples)
-            else ""
-        )
-    if samples and config.train_vision and world_size > 1 and not all(s.images for s in samples):
-        raise ValueError(
-            "--train-vision in several processes needs an image in every question: a micro-batch without one leaves the tower's weights out"
-        )
-    note += (
-        f"\nleft out: {long} questions with a prompt above {config.max_prompt} tokens"
-        if long
-        else ""
-    )
-    note += "".join(f"\nleft out: {message}" for message in bad)
-    return (
-        QuestionStream(samples, config.seed, config.fog),
-        held_out[: config.eval_questions],
-        note,
-        run,
-        processor,
-    )
+    def screen(self, questions: list[Question]) -> dict[str, list[str]]:
+        return screen_hints(questions, self.processor.tokenizer, self.config.max_hint_tokens)
+
+    def screen_held_out(self, questions: list[Question]) -> None:
+        dropped = sum(len(ids) for ids in self.screen(questions).values())
+        if dropped:
+            self.bad.append(f"{dropped} unusable hints of held-out questions")
+
+    def take_hints(self, questions: list[Question]) -> str:
+        """Join and screen the hints of the training questions: what the note says of them."""
+        config = self.config
+        strangers = join_hints(questions, config.hints) if config.hints else 0
+        dropped = self.screen(questions)
+        hinted = sum(question.hint is not None for question in questions)
+        note = f"questions: {len(questions)} from {config.data}; {hinted} with a hint"
+        for reason, ids in dropped.items():
+            if ids:
+                note += f", {len(ids)} hints dropped ({reason}; first: {ids[0]})"
+        if strangers:
+            note += f"; {strangers} lines of {config.hints} belong to no question here"
+        context = config.teacher_context
+        untaught = sum(teacher_messages(question, context) is None for question in questions)
+        if untaught:
+            note += f"; {untaught} are never tutored, for want of a {context}"
+        return note
+
+    def left_out(self) -> str:
+        note = ""
+        if self.too_long:
+            limit = self.config.max_prompt
+            note += f"\nleft out: {self.too_long} questions with a prompt above {limit} tokens"
+        return note + "".join(f"\nleft out: {message}" for message in self.bad)
 
 
-def prompt_tokens(processor, sample: Question) -> int:
-    """Length of the sample's plain prompt in tokens, from the images' sizes: nothing is decoded."""
+def prompt_tokens(processor, question: Question) -> int:
+    """Length of the student's prompt in tokens, from the images' sizes: nothing is decoded."""
     text = processor.apply_chat_template(
-        student_messages(sample), tokenize=False, add_generation_prompt=True
+        student_messages(question), tokenize=False, add_generation_prompt=True
     )
+    tokens = len(processor.tokenizer(text)["input_ids"])
     images = processor.image_processor
-    sizes = [Image.open(i).size if isinstance(i, (str, Path)) else i.size for i in sample.images]
-    patches = [images.get_number_of_image_patches(height, width) for width, height in sizes]
-    return len(processor.tokenizer(text)["input_ids"]) + sum(
-        n // images.merge_size**2 - 1 for n in patches
-    )
+    for image in question.images:
+        is_path = isinstance(image, (str, Path))
+        width, height = Image.open(image).size if is_path else image.size
+        patches = images.get_number_of_image_patches(height, width)
+        tokens += patches // images.merge_size**2 - 1  # the text holds one token per image
+    return tokens

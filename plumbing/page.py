@@ -1,4 +1,4 @@
-"""--report: a page to look at."""
+"""--report: a page to look at, with questions, hints, and responses before and after training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from hints import teacher_messages
 from losses import topk_jsd
-from plumbing.answers import load_verifier
 from plumbing.images import open_image
 from plumbing.runs import write_beside
 from plumbing.settings import EMBEDDED
-from ptdpo import PTDPOConfig
 from rollout import (
+    Prompt,
     Question,
     banned_tokens,
     collate,
@@ -28,33 +28,116 @@ from rollout import (
     response_states,
     sample_groups,
     student_messages,
+    verify,
 )
 
 if TYPE_CHECKING:
+    from plumbing.inputs import Inputs
     from train import TrainConfig
 
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
 
+
+def write_page(inputs: Inputs, config: TrainConfig, count: int = 6) -> Path:
+    """report.html in a finished run's folder: `count` held-out questions, hinted ones first.
+
+    One file, no network. What comes from the data stands in it as JSON without any "<", and the
+    page never reads it as HTML.
+    """
+    run = inputs.folder
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and config.precision != "no" else torch.float32
+    reference, student = (
+        AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
+        for path in (config.model, str(run / "model"))
+    )
+    shown = sorted(inputs.held_out, key=lambda question: question.hint is None)[:count]
+    entries = []
+    for question in tqdm(shown, unit="question", desc="report", dynamic_ncols=True):
+        entry = question_entry(question)
+        for name, model in (("before", reference), ("after", student)):
+            entry[name] = explain(model, reference, inputs, config, question)
+        entries.append(entry)
+    page = {
+        "title": f"PTD-PO, before and after: {run.name}",
+        "settings": settings_line(run, config, len(entries)),
+        "questions": entries,
+    }
+    data = json.dumps(page).replace("<", "\\u003c")
+    write_beside(run / "report.html", TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data))
+    return run / "report.html"
+
+
+def settings_line(run: Path, config: TrainConfig, count: int) -> str:
+    """What was trained, and how it went, in two sentences."""
+    log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in log]
+    plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
+    model = "toy/base" if config.model == EMBEDDED else config.model
+    return (
+        f"{model}; {rows[-1]['step']} steps; lam {config.lam}, tau {config.tau}, "
+        f"K {config.jsd_k}, lr {config.lr}. Held-out questions, plain prompt, greedy: "
+        f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first "
+        f"{count} of them, sampled at temperature {config.temperature}."
+    )
+
+
+def question_entry(question: Question) -> dict:
+    """A question as the page shows it, without its responses."""
+    boxes = question.boxes if question.hint and question.boxes else [[] for _ in question.images]
+    return {
+        "id": question.id,
+        "family": question.family,
+        "question": question.text,
+        "answer": question.answer,
+        "images": [
+            image_entry(open_image(image), image_boxes)
+            for image, image_boxes in zip(question.images, boxes, strict=True)
+        ],
+        "hint": question.hint and asdict(question.hint),
+    }
+
+
+def image_entry(image: Image.Image, boxes: list) -> dict:
+    """A small copy of the image, inside the page, and the boxes as shares of its size."""
+    width, height = image.size
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((448, 448))
+    small.save(file, "PNG")
+    return {
+        "src": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+        "width": max(224, small.width),
+        "boxes": [
+            [left / width, top / height, right / width, bottom / height]
+            for left, top, right, bottom in boxes
+        ],
+    }
+
+
+# ------------------------------------------------------------------------- responses token by token
 @torch.no_grad()
 def explain(
     model,
     reference,
-    processor,
+    inputs: Inputs,
     config: TrainConfig,
-    method: PTDPOConfig,
-    sample: Question,
+    question: Question,
     count: int = 4,
-    most: int = 1000,
+    longest: int = 1000,
 ) -> list[dict]:
-    """`count` responses of `model` to the plain prompt, as the page shows them: verdict, and for each of the first `most` tokens its text, its
-    divergence from the teacher (the reference with the hint), and the five tokens that student and teacher found likeliest there."""
-    context = teacher_messages(sample, config.teacher_context)
-    chats = [student_messages(sample)] + [context] * (context is not None)
-    prompts = encode_prompts(processor, [sample] * len(chats), chats)
+    """`count` responses of `model` to the plain prompt, as the page shows them.
+
+    Each has its verdict and, for its first `longest` tokens, the entries of `token_entries`.
+    """
+    processor = inputs.processor
+    [plain] = encode_prompts(processor, [question], [student_messages(question)])
+    hinted, messages = None, teacher_messages(question, config.teacher_context)
+    if messages is not None:
+        [hinted] = encode_prompts(processor, [question], [messages])
     [group] = sample_groups(
         model,
         processor,
-        [sample],
-        prompts[:1],
+        [plain],
         count,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -62,135 +145,69 @@ def explain(
         top_k=config.top_k,
         sample_mb=config.sample_mb,
     )
-    tokenizer, verify = processor.tokenizer, load_verifier(config.verifier)
-    banned = torch.tensor(banned_tokens(model, tokenizer), device=model.device)
-
-    def likeliest(logits):
-        top = (logits / config.temperature).softmax(-1).topk(min(5, logits.shape[-1]), dim=-1)
-        return [
-            [[tokenizer.decode([i]), round(p, 5)] for p, i in zip(*row)]
-            for row in zip(top.values.tolist(), top.indices.tolist())
-        ]
-
+    views = [(model, plain)] + ([(reference, hinted)] if hinted else [])
     shown = []
-    for rollout in group:
-        ids, tokens = rollout.ids[:most], []
-        states = [
-            (m, response_states(m, collate([prompt], [ids], tokenizer.pad_token_id, m.device))[0])
-            for m, prompt in zip((model, reference), prompts)
-        ]
-        for a in range(0, len(ids), 256):  # (256, V) logits at a time
-            logits = [
-                m.get_output_embeddings()(x[a : a + 256])
-                .float()
-                .index_fill_(-1, banned, float("-inf"))
-                for m, x in states
-            ]
-            d = (
-                topk_jsd(
-                    *logits,
-                    method.jsd_k,
-                    config.temperature,
-                    divergence=method.divergence,
-                    support=method.support,
-                ).tolist()
-                if context
-                else None
-            )
-            tops = [likeliest(x) for x in logits]
-            for i in range(len(logits[0])):
-                # what the token adds to the text: a token alone may be part of a character, or lack its space
-                near, end = max(0, a + i - 8), a + i
-                text = tokenizer.decode(ids[near : end + 1])[len(tokenizer.decode(ids[near:end])) :]
-                tokens.append(
-                    [text, round(d[i], 5) if d else 0, tops[0][i], tops[1][i] if d else None]
-                )
+    for response in group:
+        ids = response.ids[:longest]
         shown.append(
             {
-                "correct": verify(rollout.text, sample.answer, sample.choices),
-                "truncated": rollout.truncated,
-                "more": len(rollout.ids) - len(ids),
-                "tokens": tokens,
+                "correct": verify(response.text, question, inputs.same_answer),
+                "truncated": response.truncated,
+                "more": len(response.ids) - len(ids),
+                "tokens": token_entries(views, ids, processor.tokenizer, config),
             }
         )
     return shown
 
 
-def write_page(
-    run: Path,
-    config: TrainConfig,
-    method: PTDPOConfig,
-    held_out: list[Question],
-    processor,
-    count: int = 6,
-) -> Path:
-    """runs/NAME/report.html from a finished run: its first `count` held-out questions, those with a hint first. One file, no network; what comes
-    from the data stands in it as JSON without any "<", and the page never reads it as HTML."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and config.precision != "no" else torch.float32
-    reference, student = (
-        AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
-        for path in (config.model, str(run / "model"))
-    )
-    questions = []
-    for sample in tqdm(
-        sorted(held_out, key=lambda s: s.hint is None)[:count],
-        unit="question",
-        desc="report",
-        dynamic_ncols=True,
-    ):
-        images = []
-        for n, image in enumerate(map(open_image, sample.images)):
-            (width, height), small, file = image.size, image.copy(), io.BytesIO()
-            small.thumbnail((448, 448))
-            small.save(file, "PNG")
-            boxes = sample.boxes[n] if sample.hint and sample.boxes else []
-            images.append(
-                {
-                    "src": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
-                    "width": max(224, small.width),
-                    "boxes": [
-                        [left / width, top / height, right / width, bottom / height]
-                        for left, top, right, bottom in boxes
-                    ],
-                }
+def token_entries(
+    views: list[tuple[object, Prompt]], ids: list[int], tokenizer, config: TrainConfig
+) -> list[list]:
+    """For each token: its text, its divergence, and the five likeliest tokens of each view.
+
+    views: the student with its prompt, and the teacher with the hint, if there is one; without a
+    teacher the divergence is 0 and its tokens None.
+    """
+    states = []
+    for model, prompt in views:
+        batch = collate([prompt], [ids], tokenizer.pad_token_id, model.device)
+        states.append(response_states(model, batch)[0])
+    model = views[0][0]
+    banned = torch.tensor(banned_tokens(model, tokenizer), device=model.device)
+    entries = []
+    for start in range(0, len(ids), 256):  # (256, V) logits at a time
+        logits = []
+        for (model, _), state in zip(views, states, strict=True):
+            scores = model.get_output_embeddings()(state[start : start + 256]).float()
+            logits.append(scores.index_fill_(-1, banned, float("-inf")))
+        likeliest = [likeliest_tokens(scores / config.temperature, tokenizer) for scores in logits]
+        divergence = [0] * len(logits[0])
+        if len(logits) == 2:
+            jsd = topk_jsd(
+                *logits,
+                config.jsd_k,
+                config.temperature,
+                divergence=config.divergence,
+                support=config.support,
             )
-        before, after = (
-            explain(model, reference, processor, config, method, sample)
-            for model in (reference, student)
-        )
-        questions.append(
-            {
-                "id": sample.id,
-                "family": sample.family,
-                "question": sample.text,
-                "answer": sample.answer,
-                "images": images,
-                "hint": sample.hint and asdict(sample.hint),
-                "before": before,
-                "after": after,
-            }
-        )
-    rows = [
-        json.loads(line)
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            divergence = [round(d, 5) for d in jsd.tolist()]
+        else:
+            likeliest.append([None] * len(logits[0]))
+        for i, entry in enumerate(zip(divergence, *likeliest, strict=True)):
+            entries.append([added_text(ids, start + i, tokenizer), *entry])
+    return entries
+
+
+def likeliest_tokens(logits: torch.Tensor, tokenizer) -> list[list]:
+    """The five likeliest tokens of each row (n, V), as [text, probability]."""
+    top = logits.softmax(-1).topk(min(5, logits.shape[-1]), dim=-1)
+    return [
+        [[tokenizer.decode([i]), round(p, 5)] for p, i in zip(*row, strict=True)]
+        for row in zip(top.values.tolist(), top.indices.tolist(), strict=True)
     ]
-    plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
-    settings = (
-        f"{'toy/base' if config.model == EMBEDDED else config.model}; {rows[-1]['step']} steps; lam {method.lam}, tau {method.tau}, K {method.jsd_k}, lr {config.lr}. Held-out questions, plain prompt, greedy: "
-        f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first {len(questions)} of them, sampled at temperature {config.temperature}."
-    )
-    data = json.dumps(
-        {
-            "title": f"PTD-PO, before and after: {run.name}",
-            "settings": settings,
-            "questions": questions,
-        }
-    ).replace("<", "\\u003c")
-    write_beside(
-        run / "report.html",
-        (Path(__file__).resolve().parent / "page.html")
-        .read_text(encoding="utf-8")
-        .replace("@DATA@", data),
-    )
-    return run / "report.html"
+
+
+def added_text(ids: list[int], place: int, tokenizer) -> str:
+    """What a token adds to the text. Alone it may be part of a character, or lack its space."""
+    before = ids[max(0, place - 8) : place]
+    return tokenizer.decode([*before, ids[place]])[len(tokenizer.decode(before)) :]

@@ -1,73 +1,71 @@
-"""runs/NAME/: logs, summary, checkpoints, resume."""
+"""runs/NAME/: logs, summary, checkpoints, resume, and a stop by a signal."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
+from hints import teacher_messages
 from plumbing.memory import plan
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
-    from train import TrainConfig, Trainer, Work
+    from rollout import Question, Response
+    from train import TrainConfig, Trainer
 
 
 class RunFolder:
-    """runs/NAME/: config.json, metrics.jsonl (one line a step), responses.jsonl, checkpoints/, model/. Only the main process writes.
+    """runs/NAME/: config.json, metrics.jsonl, responses.jsonl, checkpoints/, model/.
 
-    step: the one a resumed run goes on from; what was logged after it is cut off, as it will be done again.
+    metrics.jsonl has one line per step. Only the main process writes (active). step: the one that a
+    resumed run goes on from; what was logged after it is cut off, as it will be done again.
     """
 
     def __init__(self, path: Path, config: dict, active: bool, step: int | None = None):
         self.path, self.active = path, active
-        if active and step is None:
+        if not active:
+            return
+        if step is None:
             path.mkdir(parents=True)
-        if active:
-            write_beside(
-                path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n"
-            )
-        for log in (
-            (path / "metrics.jsonl", path / "responses.jsonl")
-            if active and step is not None
-            else ()
-        ):
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_beside(
-                log,
-                "".join(
-                    line
-                    for line in lines
-                    if line.endswith("\n") and json.loads(line)["step"] <= step
-                ),
-            )
+        write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
+        if step is not None:
+            for name in ("metrics.jsonl", "responses.jsonl"):
+                cut_log(path / name, step)
 
     def append(self, name: str, row: dict) -> None:
+        """One more line of a log."""
         if self.active:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def save_model(self, trainer: Trainer) -> None:
-        """The student's weights, or its LoRA adapters alone. Written beside and renamed: model/ is there whole or not at all."""
-        trainer.accelerator.wait_for_everyone()
-        weights = (
-            None if trainer.config.lora else trainer.accelerator.get_state_dict(trainer.student)
-        )
+        """The student's weights, or its LoRA adapters alone.
+
+        Written beside and renamed: model/ is there whole or not at all.
+        """
+        accelerator = trainer.accelerator
+        accelerator.wait_for_everyone()
+        weights = None
+        if not trainer.config.lora:
+            named = accelerator.get_state_dict(trainer.student).items()
+            weights = {name.removeprefix("model."): value for name, value in named}
         if self.active:
             part = self.path / "model.part"
             shutil.rmtree(part, ignore_errors=True)
-            trainer.policy.save_pretrained(
-                part,
-                state_dict=weights
-                and {name.removeprefix("model."): value for name, value in weights.items()},
-            )
+            trainer.policy.save_pretrained(part, state_dict=weights or None)
             trainer.processor.save_pretrained(part)
             shutil.rmtree(self.path / "model", ignore_errors=True)
             os.rename(part, self.path / "model")
@@ -80,19 +78,34 @@ def write_beside(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last line without its end."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    write_beside(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+# ------------------------------------------------------------------------------------ checkpoints
 class Checkpoints:
-    """runs/NAME/checkpoints/step-N: weights, optimizer, schedule and random states, as accelerate writes them, and state.json: step,
-    what the final table needs, the data's fingerprint, and every file's size. Written beside and renamed."""
+    """runs/NAME/checkpoints/step-N: all that a run needs to go on bit for bit.
+
+    Weights, optimizer, schedule and random states, as accelerate writes them, and state.json: the
+    step, what the summary needs, the data's fingerprint, and every file's size. Written beside and
+    renamed.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
         self.accelerator, self.folder, self.keep = accelerator, folder / "checkpoints", keep
 
-    def found(self) -> list[Path]:
-        """The finished ones, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".part")
+    def finished(self) -> list[Path]:
+        """Those that were written whole, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".part")
 
     def save(self, state: dict) -> None:
-        """After a whole rollout batch. A full disk ends the run with a message; the checkpoints before are untouched."""
+        """Write one, and remove all but the newest `keep`. To be called after a whole rollout.
+
+        A full disk ends the run with a message; the checkpoints before stay as they are.
+        """
         accelerator, target = self.accelerator, self.folder / f"step-{state['step']:08d}"
         part = target.with_suffix(".part")
         accelerator.wait_for_everyone()
@@ -104,104 +117,281 @@ class Checkpoints:
             accelerator.save_state(str(part))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                sizes = {
-                    str(p.relative_to(part)): p.stat().st_size
-                    for p in sorted(part.rglob("*"))
-                    if p.is_file()
-                }
-                (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
+                (part / "state.json").write_text(json.dumps({**state, "files": _file_sizes(part)}))
                 os.rename(part, target)
-                for old in self.found()[: -self.keep]:
-                    shutil.rmtree(old)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch.save tells of a full disk by a RuntimeError
+                for outdated in self.finished()[: -self.keep]:
+                    shutil.rmtree(outdated)
+        except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
             shutil.rmtree(part, ignore_errors=True)
-            last = self.found()
-            sys.exit(
-                f"cannot write the checkpoint {target}: {error}\n"
-                + (f"the last good one is {last[-1]}" if last else "there is none before it")
-            )
+            finished = self.finished()
+            rest = f"the last good one is {finished[-1]}" if finished else "there is none before it"
+            sys.exit(f"cannot write the checkpoint {target}: {error}\n{rest}")
 
-    def newest(self, questions: QuestionStream, config: TrainConfig) -> tuple[Path, dict]:
-        """The newest checkpoint and its state. Raises ValueError where there is none, where it is not whole, and where the run cannot go on from it."""
-        if not self.found():
+    def newest(self, stream: QuestionStream, config: TrainConfig) -> tuple[Path, dict]:
+        """The newest checkpoint and its state.
+
+        Raises ValueError where there is none, where it is not whole, and where the run cannot go on
+        from it.
+        """
+        if not self.finished():
             raise ValueError(f"--resume: no checkpoint in {self.folder}")
-        path = self.found()[-1]
+        path = self.finished()[-1]
         try:
             state = json.loads((path / "state.json").read_text())
-            short = [
-                name
-                for name, size in state["files"].items()
-                if not (path / name).is_file() or (path / name).stat().st_size != size
-            ]
+            sizes = _file_sizes(path)
+            broken = [name for name, size in state["files"].items() if sizes.get(name) != size]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--resume: {path} is not a checkpoint of ptdpo ({reason})") from None
+        if broken:
             raise ValueError(
-                f"--resume: {path} is not a checkpoint of ptdpo ({type(error).__name__}: {error})"
-            ) from None
-        if short:
-            raise ValueError(
-                f"--resume: {path} is not whole: {short[0]} is missing or has another size; remove the folder to go on from the one before"
+                f"--resume: {path} is not whole: {broken[0]} is missing or has another size; "
+                "remove the folder to go on from the one before"
             )
-        if state["data"] != questions.fingerprint():
+        if state["data"] != stream.fingerprint():
             raise ValueError(
                 f"--resume: the questions in {config.data} are not those that {path} was trained on"
             )
         if state["step"] >= config.steps:
             raise ValueError(
-                f"--resume: {path} has done all {config.steps} steps; give a larger --steps to go on"
+                f"--resume: {path} has done all {config.steps} steps; give a larger --steps to go "
+                "on"
             )
         return path, state
 
 
-def sample_row(step: int, group: list[Work]) -> dict:
-    """One question of a step for responses.jsonl."""
-    sample = group[0].rollout.sample
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+# ---------------------------------------------------------------------------------- where it stands
+class Run:
+    """A run on its way: folder, checkpoints, state, progress, and a stop by a signal.
+
+    state: what a checkpoint keeps (see Checkpoints); None: the run is new.
+    """
+
+    def __init__(self, folder: RunFolder, checkpoints: Checkpoints, state: dict | None):
+        self.folder, self.checkpoints, self.state = folder, checkpoints, state
+        self.summary, self.signals, self.began = {}, [], time.time()
+
+    def start(self, trainer: Trainer, held_out: list[Question], stream: QuestionStream) -> None:
+        """Evaluate before the first step of a new run. From here on SIGTERM stops it well."""
+        self.config, self.accelerator = trainer.config, trainer.accelerator
+        signal.signal(signal.SIGTERM, lambda *_: self.signals.append(True))
+        if self.state is None:
+            before = evaluate_both(trainer, held_out)
+            self.state = {"step": 0, "before": before, "seconds": 0.0, "skipped": 0}
+            self.state["data"] = stream.fingerprint()
+            self.folder.append("metrics.jsonl", {"step": 0, **evaluation_row(before)})
+        trainer.skipped = self.state["skipped"]
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left, with a progress bar on the main process."""
+        done, steps = self.state["step"], self.config.steps
+        self.bar = tqdm(
+            range(done + 1, steps + 1),
+            initial=done,
+            total=steps,
+            disable=not self.accelerator.is_main_process,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        return iter(self.bar)
+
+    def questions_of_rollout(self, step: int) -> range:
+        """Which questions of the stream this process reads for the rollout that begins at `step`.
+
+        The last rollout is for the steps that are left, so that the run ends on a checkpoint.
+        """
+        config, accelerator = self.config, self.accelerator
+        steps = min(config.updates, config.steps + 1 - step)
+        begin = (step - 1) * config.questions
+        end = begin + steps * config.questions
+        return range(begin + accelerator.process_index, end, accelerator.num_processes)
+
+    def log(self, trainer: Trainer, held_out: list[Question], metrics: dict) -> None:
+        """Evaluate where it is time for it, and log the step's numbers."""
+        step, config = metrics["step"], self.config
+        metrics["lr"] = trainer.schedule.get_last_lr()[0]
+        self.state.setdefault("first_entropy", metrics["entropy"])
+        if step == config.steps:
+            after = evaluate_both(trainer, held_out)
+            metrics |= evaluation_row(after)
+            before = {**self.state["before"], "entropy": self.state["first_entropy"]}
+            after["entropy"] = metrics["entropy"]
+            self.summary |= {"before": before, "after": after}
+        elif step % config.eval_every == 0:
+            metrics["eval_plain"] = trainer.evaluate(held_out)["accuracy"]
+            percent = 100 * metrics["eval_plain"]
+            self.bar.write(
+                f"step {step}: {percent:.1f} % of the held-out questions right, plain prompt"
+            )
+        self.folder.append("metrics.jsonl", metrics)
+        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        self.accelerator.log(numbers, step=step)
+        self.bar.set_postfix_str(
+            f"reward {metrics['reward']:.2f} acc {metrics['accuracy']:.2f} "
+            f"entropy {metrics['entropy']:.2f} all-failed {metrics['all_failed']:.2f} "
+            f"tutor {metrics['tutor_loss']:.3f}"
+        )
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write a checkpoint where one is due; after SIGTERM write one and stop, exit code 143.
+
+        To be called between two rollouts.
+        """
+        [asked] = trainer.largest(len(self.signals))  # all processes stop, or none
+        is_last = step == self.config.steps
+        due = step - self.state["step"] >= self.config.save_every
+        if not (due or is_last or asked):
+            return
+        self.state |= {"step": step, "skipped": trainer.skipped}
+        self.state["seconds"] += time.time() - self.began
+        self.began = time.time()
+        self.summary["seconds"] = self.state["seconds"]
+        self.checkpoints.save(self.state)
+        if asked and not is_last:
+            self.bar.close()
+            self.accelerator.print(
+                f"stopped by SIGTERM after step {step}; go on with: python train.py --resume "
+                f"{self.folder.path}"
+            )
+            self.accelerator.end_training()
+            sys.exit(143)
+
+
+def evaluate_both(trainer: Trainer, held_out: list[Question]) -> dict:
+    """The student on plain prompts, which is the measure, and its accuracy with the hint."""
+    plain = trainer.evaluate(held_out)
+    hinted = trainer.evaluate(held_out, teacher_messages)
+    return {
+        "plain": plain["accuracy"],
+        "hinted": hinted["accuracy"],
+        "length": plain["length"],
+        "questions": plain["questions"],
+    }
+
+
+def split(groups: list, count: int) -> tuple[list, list]:
+    """The first `count` groups, and the rest."""
+    return groups[:count], groups[count:]
+
+
+# ------------------------------------------------------------------------------- start and progress
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's Accelerator with the run's precision and tracker."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    # at each checkpoint it would say that tied weights are saved once
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    tracker = None if config.log_with == "none" else config.log_with
+    return Accelerator(mixed_precision=precision, log_with=tracker, project_dir="runs")
+
+
+def describe(student, config: TrainConfig, accelerator: Accelerator) -> str:
+    """What runs, and where."""
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    total = sum(p.numel() for p in student.parameters()) / 1e6
+    return (
+        f"model: {config.model}, {total:.2f} M parameters, {trained:.2f} M of them trained, on "
+        f"{accelerator.device} x {accelerator.num_processes}, mixed precision: "
+        f"{accelerator.mixed_precision}"
+    )
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, config: TrainConfig) -> None:
+    """Start the tracker, if any, and say what the run is going to do."""
+    accelerator.project_configuration.logging_dir = str(folder)
+    accelerator.init_trackers("ptdpo", config=asdict(config))
+    accelerator.print(
+        f"{config.steps} steps of {config.questions} questions x {config.group_size} responses; "
+        f"lam {config.lam}, tau {config.tau}, K {config.jsd_k}, lr {config.lr}; log in {folder}"
+    )
+
+
+# ----------------------------------------------------------------------------------- what is logged
+def evaluation_row(both: dict) -> dict:
+    """The numbers of evaluate_both as the log names them."""
+    return {"eval_plain": both["plain"], "eval_hinted": both["hinted"]}
+
+
+def rollout_statistics(groups: list[list[Response]], config: TrainConfig) -> dict[str, float]:
+    """What the log says of a rollout: shares of its responses, mean reward and length.
+
+    untaught: the question has nothing for the teacher to read. all_failed, all_correct: the
+    response belongs to such a group.
+    """
+    responses = [response for group in groups for response in group]
+    rewards = torch.tensor([response.reward for response in responses])
+    correct = torch.tensor([[response.correct for response in group] for group in groups])
+    contexts = [teacher_messages(group[0].question, config.teacher_context) for group in groups]
+    sums = {
+        "reward": rewards.sum(),
+        "accuracy": correct.sum(),
+        "all_failed": (~correct).all(1).sum() * config.group_size,
+        "all_correct": correct.all(1).sum() * config.group_size,
+        "tutored": sum(response.tutored for response in responses),
+        "untaught": contexts.count(None) * config.group_size,
+        "length": sum(len(response.ids) for response in responses),
+        "truncated": sum(response.truncated for response in responses),
+    }
+    return {name: float(value) / len(responses) for name, value in sums.items()}
+
+
+def group_row(step: int, group: list[Response]) -> dict:
+    """One question of a step, with its responses, for responses.jsonl."""
+    question = group[0].question
     return {
         "step": step,
-        "id": sample.id,
-        "question": sample.text,
-        "answer": sample.answer,
-        "hint": sample.hint and asdict(sample.hint),
+        "id": question.id,
+        "question": question.text,
+        "answer": question.answer,
+        "hint": question.hint and asdict(question.hint),
         "responses": [
             {
-                "text": w.rollout.text,
-                "correct": w.rollout.correct,
-                "reward": round(w.rollout.reward, 4),
-                "tutored": w.tutored,
-                "truncated": w.rollout.truncated,
+                "text": response.text,
+                "correct": response.correct,
+                "reward": round(response.reward, 4),
+                "tutored": response.tutored,
+                "truncated": response.truncated,
             }
-            for w in group
+            for response in group
         ],
     }
 
 
-def report(table: dict, folder: RunFolder, trainer: Trainer) -> None:
-    """The table that a run ends with, and on a GPU the memory it took."""
+def print_summary(table: dict, folder: RunFolder, trainer: Trainer) -> None:
+    """The table that a run ends with, and on a GPU the memory that it took."""
     before, after = table["before"], table["after"]
     print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
     for label, key, scale, unit in (
         ("accuracy, plain prompt", "plain", 100, "%"),
         ("accuracy, with the hint", "hinted", 100, "%"),
-        ("entropy, nats a token", "entropy", 1, ""),
+        ("entropy, nats per token", "entropy", 1, ""),
         ("response length, tokens", "length", 1, ""),
     ):
         digits = 2 if key == "entropy" else 1
-        print(
-            f"{label:30s}{scale * before[key]:9.{digits}f}{scale * after[key]:9.{digits}f} {unit}"
-        )
+        numbers = [f"{scale * values[key]:9.{digits}f}" for values in (before, after)]
+        print(f"{label:30s}{numbers[0]}{numbers[1]} {unit}")
     print(
-        f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, first and last step; "
-        f"{table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps skipped for a non-finite gradient)"
+        f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, "
+        f"first and last step; {table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps "
+        "skipped for a non-finite gradient)"
     )
     print(
-        f"\nwritten to {folder.path}/: config.json, metrics.jsonl, responses.jsonl, checkpoints/, model/. Load the model with\n"
-        f'  AutoModelForImageTextToText.from_pretrained("{folder.path}/model")   # the processor: rollout.load_processor'
+        f"\nwritten to {folder.path}/: config.json, metrics.jsonl, responses.jsonl, checkpoints/, "
+        "model/. Load the model with\n"
+        f'  AutoModelForImageTextToText.from_pretrained("{folder.path}/model")'
+        "   # the processor: plumbing.images.load_processor"
     )
     if torch.cuda.is_available():
-        gpus = trainer.accelerator.num_processes if trainer.sharded else 1
+        accelerator = trainer.accelerator
+        gpus = accelerator.num_processes if trainer.sharded else 1
+        predicted = plan(trainer.config, gpus, accelerator.mixed_precision == "bf16")["peak"]
+        used = torch.cuda.max_memory_allocated() / 2**30
         print(
-            f"peak memory of this process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; predicted (--plan): "
-            f"{plan(trainer.config, trainer.method, gpus, trainer.accelerator.mixed_precision == 'bf16')['peak']:.1f}"
+            f"peak memory of this process: {used:.1f} GiB; predicted (--plan): {predicted:.1f} GiB"
         )

@@ -1,6 +1,10 @@
-"""Shared by the tests: the embedded base model, loaded once, and one thread, so that nothing depends on the machine's cores."""
+"""Shared by the tests: models, a whole run's options, a trainer and what is read from them.
+
+One thread, so that nothing depends on the machine's cores.
+"""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +16,15 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
+TINY = shlex.split("--steps 2 --questions 2 --group-size 4 --eval-questions 6 --eval-every 1")
 
+
+@pytest.fixture
+def root():
+    return ROOT
+
+
+# ------------------------------------------------------------------------------------------- models
 @pytest.fixture(scope="session")
 def base():
     """(model, processor) of toy/base, float32, eval. Do not change the weights."""
@@ -21,109 +33,96 @@ def base():
     from plumbing.images import load_processor
 
     path = str(ROOT / "toy" / "base")
-    return AutoModelForImageTextToText.from_pretrained(
-        path, dtype=torch.float32
-    ).eval(), load_processor(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), load_processor(path)
 
 
-@pytest.fixture
-def root():
-    return ROOT
+# weights that are large enough to matter
+LANGUAGE_MODEL = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    max_position_embeddings=512,
+)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+PATCHES = dict(
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    depth=2,
+    num_heads=2,
+    initializer_range=0.2,
+)
+VISION_TOWERS = {
+    "Qwen2VL": dict(embed_dim=32, hidden_size=48, mlp_ratio=2),
+    "Qwen2_5_VL": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        out_hidden_size=48,
+        window_size=56,
+        fullatt_block_indexes=[1],
+    ),
+    "Qwen3VL": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        out_hidden_size=48,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0],
+    ),
+}
+KINDS = tuple(VISION_TOWERS)
 
 
 def make_tiny(kind: str, processor):
-    """A random model of one of the three real classes, built from a config, for the embedded processor. Weights large enough to matter."""
+    """A random model of one of the three real classes, made from a config, for the processor."""
     import transformers
 
-    ids = processor.tokenizer.convert_tokens_to_ids
-    heads = dict(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        vocab_size=len(processor.tokenizer),
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=ids("<|im_end|>"),
-        pad_token_id=ids("<|endoftext|>"),
-    )
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-    patches = dict(
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        depth=2,
-        num_heads=2,
-        initializer_range=0.2,
-    )
-    vision = {
-        "Qwen2VL": dict(embed_dim=32, hidden_size=48, mlp_ratio=2),
-        "Qwen2_5_VL": dict(
-            hidden_size=32,
-            intermediate_size=64,
-            out_hidden_size=48,
-            window_size=56,
-            fullatt_block_indexes=[1],
-        ),
-        "Qwen3VL": dict(
-            hidden_size=32,
-            intermediate_size=64,
-            out_hidden_size=48,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0],
-        ),
-    }[kind]
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    ends = dict(eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>"))
+    text = {**LANGUAGE_MODEL, **ends, "bos_token_id": None, "rope_parameters": ROPE}
+    text["vocab_size"] = len(processor.tokenizer)
     if kind == "Qwen3VL":
-        heads, rope = {**heads, "head_dim": 12}, {**rope, "mrope_interleaved": True}
+        text |= {"head_dim": 12, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
     config = getattr(transformers, f"{kind}Config")(
-        text_config={**heads, "rope_parameters": rope},
-        vision_config={**patches, **vision},
+        text_config=text,
+        vision_config={**PATCHES, **VISION_TOWERS[kind]},
         tie_word_embeddings=False,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>")
-    )
+    model.generation_config = transformers.GenerationConfig(**ends)
     return model
 
 
-@pytest.fixture(params=["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.fixture(params=KINDS)
 def tiny(request, base):
     """(model, processor) of each real class."""
     return make_tiny(request.param, base[1]), base[1]
 
 
-TINY = [
-    "--steps",
-    "2",
-    "--questions",
-    "2",
-    "--group-size",
-    "4",
-    "--eval-questions",
-    "6",
-    "--eval-every",
-    "1",
-]
+def plain_logits(model, prompt, ids, banned):
+    """(T, V) at the response tokens `ids`: one whole sequence, no padding, no cache, no chunks.
+
+    None of our code runs. banned: the tokens that get -inf.
+    """
+    types = torch.cat([prompt.types, torch.zeros(len(ids), dtype=torch.long)])
+    logits = model(
+        input_ids=torch.cat([prompt.ids, torch.tensor(ids)])[None],
+        mm_token_type_ids=types[None],
+        pixel_values=prompt.pixels,
+        image_grid_thw=prompt.grid,
+    ).logits[0, len(prompt.ids) - 1 : -1]
+    return logits.index_fill(-1, torch.as_tensor(banned), -torch.inf)
 
 
-def logged(run):
-    """metrics.jsonl without the seconds."""
-    rows = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        if (run / "metrics.jsonl").exists()
-        else []
-    )
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
-
-
+# ------------------------------------------------------------------------------------------ trainer
 @pytest.fixture
 def trainer():
     from two_processes import make_trainer
@@ -131,15 +130,58 @@ def trainer():
     return make_trainer()
 
 
+def rollout(trainer, questions, keys=None):
+    """Phases 1 to 4: a group of responses per question, graded and assigned."""
+    groups = trainer.sample(trainer.read(questions), keys)
+    trainer.grade(groups)
+    trainer.assign(groups)
+    return groups
+
+
+def flat(groups):
+    """The responses of all groups."""
+    return [response for group in groups for response in group]
+
+
 def gradient(trainer):
-    return {
-        name: p.grad.clone() for name, p in trainer.policy.named_parameters() if p.grad is not None
-    }
+    """name -> gradient, of the parameters that have one."""
+    named = trainer.policy.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def assert_close(a, b, rtol):
+def assert_close(ours, expected, rtol):
     """Relative to the largest gradient of all parameters: float32 sums in another order."""
-    scale = max(g.abs().max() for g in b.values())
-    assert scale > 0 and a.keys() == b.keys()
-    for name in b:
-        assert (a[name] - b[name]).abs().max() <= rtol * scale, name
+    scale = max(value.abs().max() for value in expected.values())
+    assert scale > 0
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (ours[name] - value).abs().max() <= rtol * scale, name
+
+
+# --------------------------------------------------------------------------------------------- runs
+def read_jsonl(path):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def logged(run):
+    """metrics.jsonl without the seconds; no rows where there is no file yet."""
+    path = run / "metrics.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def spy(monkeypatch, module, name, note):
+    """A list to which each call of module.name adds note(its arguments); the call goes on."""
+    seen, real = [], getattr(module, name)
+
+    def watched(*args, **kwargs):
+        seen.append(note(*args, **kwargs))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched)
+    return seen

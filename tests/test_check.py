@@ -5,80 +5,108 @@ import torch
 
 import train
 from plumbing import check as check_module
+from plumbing import engine
 from plumbing.data import QuestionStream
 from rollout import collate, encode_prompts, student_messages
 from toy import world
 
-
-def failures(trainer, questions):
-    fine, text = check_module.check(trainer, questions)
-    bad = [line[5:].partition(":")[0] for line in text.splitlines() if line.startswith("FAIL")]
-    assert fine == (not bad) and text.count("\n     -> ") == len(bad)
-    return bad
+PUZZLES = world.PuzzleStream(3)
+CHATS = (train, check_module)  # the modules that make prompts and the teacher's chats
 
 
-def test_the_check_passes_on_the_default_and_names_what_is_broken(trainer, monkeypatch):
+@pytest.fixture
+def trainer(trainer):
     trainer.config.max_new_tokens, trainer.config.group_size = 40, 2
-    puzzles = QuestionStream(None, 3)
-    assert failures(trainer, puzzles) == []
+    return trainer
+
+
+def failures(trainer, stream):
+    """The names of the checks that fail. Each has a line of advice."""
+    all_right, table = check_module.check(trainer, stream)
+    lines = [line for line in table.splitlines() if line.startswith("FAIL")]
+    assert all_right == (not lines)
+    assert table.count("\n     -> ") == len(lines)
+    return [line.removeprefix("FAIL ").partition(":")[0] for line in lines]
+
+
+def test_all_is_right_by_default_and_no_gradient_is_left(trainer):
+    assert failures(trainer, PUZZLES) == []
     assert all(p.grad is None for p in trainer.policy.parameters())
-    noisy = trainer.policy.model.language_model.norm.register_forward_hook(
+
+
+def test_a_model_with_noise(trainer):
+    trainer.policy.model.language_model.norm.register_forward_hook(
         lambda module, args, out: out + 0.1 * torch.randn_like(out)
     )
-    assert "the ratio is 1 on the first pass" in failures(trainer, puzzles)
-    noisy.remove()
+    assert "the ratio is 1 on the first pass" in failures(trainer, PUZZLES)
 
-    def blind(processor, samples, messages, real=encode_prompts):
-        prompts = real(processor, samples, messages)
-        for p in prompts:
-            p.pixels = torch.zeros_like(p.pixels)
+
+def test_a_teacher_that_does_not_see_the_image(trainer, monkeypatch):
+    def blind(processor, questions, chats):
+        prompts = encode_prompts(processor, questions, chats)
+        for prompt in prompts:
+            prompt.pixels = torch.zeros_like(prompt.pixels)
         return prompts
 
-    with monkeypatch.context() as patch:
-        for module in (train, check_module):
-            patch.setattr(module, "encode_prompts", blind)
-        assert failures(trainer, puzzles) == ["the image changes the teacher's distribution"]
-    with monkeypatch.context() as patch:
-        for module in (train, check_module):
-            patch.setattr(
-                module, "teacher_messages", lambda sample, context: student_messages(sample)
-            )
-        assert failures(trainer, puzzles) == [
-            "tutoring has a gradient",
-            "the hint changes the teacher's distribution",
-        ]
-    with monkeypatch.context() as patch:
+    for module in CHATS:
+        monkeypatch.setattr(module, "encode_prompts", blind)
+    assert failures(trainer, PUZZLES) == ["the image changes the teacher's distribution"]
 
-        def unmasked(*args, real=collate):
-            batch = real(*args)
-            batch.prompts["attention_mask"].fill_(1)
-            return batch
 
-        patch.setattr(train, "collate", unmasked)
-        assert "padding changes nothing" in failures(trainer, puzzles)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.accelerator, "gather", lambda x: torch.cat([x, x + 1]))
-        assert failures(trainer, puzzles) == ["the reference is the same on every process"]
-    samples = world.puzzles("tune", 4)
-    samples[1].choices, samples[2].choices = ["red", "blue"], [samples[2].answer, "x"]
-    assert failures(trainer, QuestionStream(samples, 0)) == [
-        "gold answers verify against themselves"
+def test_a_hint_that_is_not_read(trainer, monkeypatch):
+    for module in CHATS:
+        monkeypatch.setattr(
+            module, "teacher_messages", lambda question, context: student_messages(question)
+        )
+    assert failures(trainer, PUZZLES) == [
+        "tutoring has a gradient",
+        "the hint changes the teacher's distribution",
     ]
-    samples[1].choices, trainer.config.max_new_tokens = None, 5
-    trainer.sampling["max_new_tokens"] = 5
-    assert failures(trainer, QuestionStream(samples, 0)) == ["responses end before the limit"]
-    for s in samples:
-        s.hint = None
-    assert failures(trainer, QuestionStream(samples, 0)) == ["hints"]
 
 
-def test_the_check_from_the_command_line_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_model_that_reads_its_padding(trainer, monkeypatch):
+    def unmasked(*args):
+        batch = collate(*args)
+        batch.prompts["attention_mask"].fill_(1)
+        return batch
+
+    monkeypatch.setattr(engine, "collate", unmasked)
+    assert "padding changes nothing" in failures(trainer, PUZZLES)
+
+
+def test_processes_with_other_weights(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda x: torch.cat([x, x + 1]))
+    assert failures(trainer, PUZZLES) == ["the reference is the same on every process"]
+
+
+def test_gold_answers_that_are_no_option(trainer):
+    questions = world.puzzles("tune", 4)
+    questions[1].choices = ["red", "blue"]
+    questions[2].choices = [questions[2].answer, "x"]
+    stream = QuestionStream(questions, 0)
+    assert failures(trainer, stream) == ["gold answers verify against themselves"]
+
+
+def test_responses_that_are_cut_off(trainer):
+    trainer.config.max_new_tokens = 5
+    stream = QuestionStream(world.puzzles("tune", 4), 0)
+    assert failures(trainer, stream) == ["responses end before the limit"]
+
+
+def test_questions_without_hints(trainer):
+    questions = world.puzzles("tune", 4)
+    for question in questions:
+        question.hint = None
+    assert failures(trainer, QuestionStream(questions, 0)) == ["hints"]
+
+
+@pytest.mark.parametrize("options,code", [([], 0), (["--max-new-tokens", "4"], 1)])
+def test_the_check_from_the_command_line_writes_nothing(
+    options, code, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    for argv, code in ((["--check"], 0), (["--check", "--max-new-tokens", "4"], 1)):
-        with pytest.raises(SystemExit) as stop:
-            train.main([*argv, "--group-size", "2"])
-        assert stop.value.code == code
-    assert (
-        "ok   the image changes the teacher's distribution" in capsys.readouterr().out
-        and not list(tmp_path.iterdir())
-    )
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--check", "--group-size", "2", *options])
+    assert stop.value.code == code
+    assert "ok   the image changes the teacher's distribution" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -1,32 +1,45 @@
-"""plumbing/data.py: files and datasets as people bring them."""
+"""plumbing/data.py: files and datasets as people bring them, and the stream of a run."""
 
 import json
 import sys
 
 import pytest
 from PIL import Image
+from test_rollout import student_prompts
 
 from hints import Hint
-from plumbing.data import QuestionStream, load_questions
-from plumbing.images import open_image
-from rollout import encode_prompts, student_messages
+from plumbing import data
+from plumbing.data import QuestionStream, check_boxes, load_questions
+from plumbing.images import StoredImage, open_image
+from rollout import Question
 
 
 @pytest.fixture
 def folder(tmp_path):
     Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     return tmp_path
 
 
 def write(folder, *rows):
+    """A file data.jsonl with a line for each row: a text as it is, or an object as JSON."""
     path = folder / "data.jsonl"
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n"
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
+def load_one(folder, row, **settings):
+    [question] = load_questions(write(folder, row), Hint.from_json, **settings)
+    return question
+
+
+PLAIN = {"question": "How many?", "answer": "1"}
+PICTURED = {**PLAIN, "image": "a.png"}
+
+
+# ------------------------------------------------------------------------------------ a .jsonl file
 def test_good_lines(folder):
     path = write(
         folder,
@@ -42,81 +55,248 @@ def test_good_lines(folder):
     )
     one, two = load_questions(path, Hint.from_json)
     assert (one.id, one.text, one.answer, one.hint.look) == ("q1", "How many?", "3", ("left",))
-    assert (two.id, two.answer, two.hint.steps) == ("data-3", "blue", ("Look left.",)) and len(
-        two.images
-    ) == 1
+    assert (two.id, two.answer, two.hint.steps) == ("data-3", "blue", ("Look left.",))
+    assert one.images == two.images == [folder / "a.png"]
 
 
 @pytest.mark.parametrize(
-    "row,message",
+    "row, values",
+    [
+        ({"prompt": "How many?", "answer": "1"}, {"text": "How many?"}),
+        ({"question": "", "problem": "How many?", "answer": "1"}, {"text": "How many?"}),
+        ({**PLAIN, "problem": "What?"}, {"text": "How many?"}),
+        ({**PLAIN, "answer": " 1 "}, {"answer": "1"}),
+        ({**PLAIN, "answer": 0}, {"answer": "0"}),
+        ({**PLAIN, "answer": 2.5}, {"answer": "2.5"}),
+        ({**PLAIN, "id": 7}, {"id": "7"}),
+        ({**PLAIN, "qid": "r7"}, {"id": "r7"}),
+        ({**PLAIN, "id": "q1", "qid": "r7"}, {"id": "q1"}),
+        (PLAIN, {"images": [], "hint": None, "choices": None, "solution": None, "boxes": None}),
+        ({**PLAIN, "image": ""}, {"images": []}),
+        ({**PLAIN, "images": [None, ""]}, {"images": []}),
+        ({**PLAIN, "choices": ["red", 7]}, {"choices": ["red", "7"]}),
+        ({**PLAIN, "choices": []}, {"choices": None}),
+        ({**PLAIN, "solution": "It is 1."}, {"solution": "It is 1."}),
+        ({**PLAIN, "solution": ""}, {"solution": None}),
+        ({**PICTURED, "boxes": [[[0, 0, 9, 9]]]}, {"boxes": [[[0, 0, 9, 9]]]}),
+    ],
+)
+def test_fields_of_a_line(folder, row, values):
+    question = load_one(folder, row)
+    assert {name: getattr(question, name) for name in values} == values
+
+
+def test_without_a_reader_of_hints_they_are_left_alone(folder):
+    [question] = load_questions(write(folder, {**PLAIN, "hint": {"where": []}}))
+    assert question.hint is None
+
+
+@pytest.mark.parametrize(
+    "row, message",
     [
         ({"question": "a?", "images": ["a.png"]}, r"data.jsonl:2: no answer"),
         ({"question": "a?", "answer": " "}, "no answer"),
+        ({"question": "a?", "answer": True}, "no answer"),
+        ({"question": "a?", "answer": ["1"]}, "no answer"),
         ({"answer": "1"}, "no question"),
+        ({"question": ["a?"], "answer": "1"}, "no question"),
         ("{oops", "data.jsonl:2"),
-        ("[1]", "expected a JSON object"),
-        ({"question": "a?", "answer": "1", "images": ["broken.png"]}, "cannot read .*broken.png"),
-        ({"question": "a?", "answer": "1", "image": "gone.png"}, "cannot read .*gone.png"),
-        (
-            {"question": "<image> and <image>", "answer": "1", "image": "a.png"},
-            "2 <image> marks but there are 1",
-        ),
-        (
-            {"question": "a?", "answer": "1", "hint": {"where": []}},
-            "data.jsonl:2: unknown hint field",
-        ),
+        ("[1]", "expected a JSON object, got list"),
+        ({**PLAIN, "images": ["broken.png"]}, "cannot read .*broken.png"),
+        ({**PLAIN, "images": ["cut.png"]}, "cannot read .*cut.png"),
+        ({**PLAIN, "image": "gone.png"}, "cannot read .*gone.png"),
+        ({**PLAIN, "image": 7}, "expected a path or an image, got int"),
+        ({**PLAIN, "image": {"bytes": None}}, "'images': cannot read it"),
+        ({**PICTURED, "question": "<image> and <image>"}, "2 <image> marks but there are 1"),
+        ({**PLAIN, "question": "<image>?"}, "1 <image> marks but there are 0"),
+        ({**PLAIN, "hint": {"where": []}}, "data.jsonl:2: unknown hint field"),
+        ({**PLAIN, "choices": "red"}, "'choices': expected a list of texts"),
+        ({**PLAIN, "choices": [["red"]]}, "'choices': expected a list of texts"),
+        ({**PICTURED, "boxes": [[[1, 2, 3]]]}, "data.jsonl:2: field 'boxes'"),
     ],
 )
 def test_bad_lines_name_file_line_and_field(folder, row, message):
     with pytest.raises(ValueError, match=message):
-        load_questions(write(folder, {"question": "fine?", "answer": "1"}, row), Hint.from_json)
+        load_questions(write(folder, {**PLAIN, "id": "good"}, row), Hint.from_json)
 
 
 def test_bad_lines_can_be_left_out_and_are_listed(folder):
-    fine, bad = {"question": "a?", "answer": "1", "image": "a.png"}, []
-    samples = load_questions(
-        write(
-            folder, fine, {**fine, "image": "broken.png"}, "{oops", fine, {**fine, "id": "data-1"}
-        ),
-        bad=bad,
-    )
-    assert [s.id for s in samples] == ["data-1", "data-4"]
-    assert [b.partition("data.jsonl:")[2][:2] for b in bad] == [
-        "2:",
-        "3:",
-        "5:",
-    ] and "is the id of line 1 already" in bad[2]
-    with pytest.raises(ValueError, match="no samples in it; first: .*:1: no answer"):
-        load_questions(write(folder, {"question": "a?"}), bad=[])
+    rows = [
+        PICTURED,
+        {**PICTURED, "image": "broken.png"},
+        "{oops",
+        PICTURED,
+        {**PICTURED, "id": "data-1"},
+    ]
+    bad = []
+    questions = load_questions(write(folder, *rows), bad=bad)
+    assert [question.id for question in questions] == ["data-1", "data-4"]
+    assert [message.partition("data.jsonl:")[2][:2] for message in bad] == ["2:", "3:", "5:"]
+    assert "is the id of line 1 already" in bad[2]
 
 
+def test_a_file_with_bad_lines_alone_is_refused_with_the_first(folder):
+    path = write(folder, {"question": "a?"}, "{oops")
+    with pytest.raises(ValueError, match="no questions in it; first: .*:1: no answer"):
+        load_questions(path, bad=[])
+
+
+def test_missing_and_empty_files(folder):
+    with pytest.raises(ValueError, match="no such file"):
+        load_questions(folder / "none.jsonl")
+    with pytest.raises(ValueError, match="no questions"):
+        load_questions(write(folder, ""))
+
+
+def test_a_file_by_another_name_is_read_as_lines(folder):
+    path = write(folder, PLAIN).rename(folder / "data.txt")
+    assert [question.id for question in load_questions(path)] == ["data-1"]
+
+
+# ------------------------------------------------------------------------------------------- fields
 def test_images_come_from_one_folder(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    path = write(elsewhere, {"question": "a?", "answer": "1", "image": "a.png"})
-    assert load_questions(path, image_dir=folder)[0].images == [folder / "a.png"]
+    assert load_one(elsewhere, PICTURED, image_dir=folder).images == [folder / "a.png"]
     for image in (f"../{folder.name}/a.png", str(folder / "a.png")):
         with pytest.raises(ValueError, match="outside .*--image-dir"):
-            load_questions(write(elsewhere, {"question": "a?", "answer": "1", "image": image}))
-    assert load_questions(
-        write(folder, {"question": "a?", "answer": "1", "image": str(folder / "a.png")})
-    )
+            load_one(elsewhere, {**PLAIN, "image": image})
+    absolute = {**PLAIN, "image": str(folder / "a.png")}
+    assert load_one(folder, absolute).images == [folder / "a.png"]
 
 
-def test_the_hint_of_a_hinted_prompt_is_what_is_not_the_question(folder):
-    row = {"problem": "<image>How many?", "answer": "1", "image": "a.png"}
-    [sample] = load_questions(
-        write(folder, {**row, "prompt_with_hint": "<image> How many?\nLook left. "}), Hint.from_json
-    )
-    assert sample.hint == Hint(steps=("Look left.",)) and sample.text == "<image>How many?"
-    with pytest.raises(
-        ValueError, match="'prompt_with_hint': the question's text does not stand in it"
-    ):
-        load_questions(write(folder, {**row, "prompt_with_hint": "What?"}), Hint.from_json)
+@pytest.mark.parametrize(
+    "whole, hint",
+    [
+        ("<image> How many?\nLook left. ", "Look left."),
+        ("Look left.\n<image>How many?", "Look left."),
+        ("Look left. How many? Then count.", "Look left. Then count."),
+    ],
+)
+def test_the_hint_of_a_hinted_prompt_is_what_is_not_the_question(folder, whole, hint):
+    row = {**PICTURED, "question": "<image>How many?", "prompt_with_hint": whole}
+    question = load_one(folder, row)
+    assert question.hint == Hint(steps=(hint,))
+    assert question.text == "<image>How many?"
 
 
-def test_a_dataset_s_folder(folder, base):
-    """Images are decoded when they are used; broken ones are found before."""
-    datasets = pytest.importorskip("datasets")
+def test_a_hinted_prompt_must_hold_the_question(folder):
+    row = {**PICTURED, "question": "<image>How many?", "prompt_with_hint": "What?"}
+    message = "'prompt_with_hint': the question's text does not stand in it"
+    with pytest.raises(ValueError, match=message):
+        load_one(folder, row)
+
+
+def test_a_hinted_prompt_that_adds_nothing_and_a_hint_of_its_own(folder):
+    assert load_one(folder, {**PLAIN, "prompt_with_hint": "How many?"}).hint is None
+    row = {**PLAIN, "hint": "Count.", "prompt_with_hint": "How many? Look left."}
+    assert load_one(folder, row).hint == Hint(steps=("Count.",))
+
+
+@pytest.mark.parametrize(
+    "boxes, images",
+    [
+        (None, 2),
+        ([], 1),
+        ([[]], 1),
+        ([[[0, 0, 9, 9.5]], []], 2),
+        ([[[0, 0, 9, 9], [1, 1, 2, 2]]], 1),
+    ],
+)
+def test_boxes_are_a_list_of_rectangles_for_each_image(boxes, images):
+    assert check_boxes(boxes, images) == (boxes or None)
+
+
+@pytest.mark.parametrize(
+    "boxes, images",
+    [
+        ([[]], 2),
+        ([[0, 0, 9, 9]], 1),
+        ([[[0, 0, 9]]], 1),
+        ([[[0, 0, 9, "9"]]], 1),
+        ([{"left": 0}], 1),
+        ("left", 1),
+        ({"a": []}, 1),
+    ],
+)
+def test_other_boxes_are_refused(boxes, images):
+    with pytest.raises(ValueError, match="field 'boxes': expected, for each image"):
+        check_boxes(boxes, images)
+
+
+# ---------------------------------------------------------------------------------------- a dataset
+class Table(list):
+    """A stand-in for a dataset: a list of rows, which are given out decoded.
+
+    A row that is an exception stands for one that cannot be decoded.
+    """
+
+    def __getitem__(self, number):
+        row = super().__getitem__(number)
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+    def select_columns(self, names):
+        return Table({name: row[name] for name in names} for row in self)
+
+
+def test_a_row_of_a_table_that_cannot_be_decoded_is_named(monkeypatch):
+    rows = [PLAIN, OSError("image file is truncated")]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
+    with pytest.raises(ValueError, match="owner/name:row 1: image file is truncated"):
+        load_questions("owner/name")
+
+
+def test_images_of_a_table_stay_in_it_until_they_are_used(folder, monkeypatch):
+    blue = Image.new("L", (40, 30), 9)
+    rows = [
+        {**PLAIN, "images": [blue]},
+        {**PLAIN, "images": [blue, Image.new("RGB", (50, 20))]},
+        {**PLAIN, "images": []},
+    ]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
+    questions = load_questions("owner/name")
+    assert [question.id for question in questions] == ["name-0", "name-1", "name-2"]
+    [one], two, none = [question.images for question in questions]
+    assert isinstance(one, StoredImage)
+    assert (one.row, one.column, one.place, one.size) == (0, "images", 0, (40, 30))
+    assert one.table == [{"images": row["images"]} for row in rows], "the pictures alone"
+    assert [(image.row, image.place, image.size) for image in two] == [
+        (1, 0, (40, 30)),
+        (1, 1, (50, 20)),
+    ]
+    assert [open_image(image).size for image in two] == [(40, 30), (50, 20)]
+    assert none == []
+
+
+def test_paths_in_a_table_are_relative_to_image_dir(folder, monkeypatch):
+    rows = [{**PLAIN, "image": "a.png"}, {**PLAIN, "image": "gone.png"}]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
+    bad = []
+    [question] = load_questions("owner/name", image_dir=folder, bad=bad)
+    assert question.images == [folder / "a.png"]
+    assert len(bad) == 1
+    assert bad[0].startswith("owner/name:row 1: field 'images': cannot read")
+
+
+def test_an_id_that_two_rows_of_a_table_have_is_refused(monkeypatch):
+    rows = [{**PLAIN, "id": "q"}, {**PLAIN, "id": "q"}]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
+    with pytest.raises(ValueError, match="owner/name:row 1: .*'q' is the id of line 0 already"):
+        load_questions("owner/name")
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets")
+
+
+def test_a_dataset_s_folder(datasets, folder, base):
+    """Images are decoded when they are used."""
     rows = [
         {
             "problem": f"q{i}?",
@@ -130,50 +310,72 @@ def test_a_dataset_s_folder(folder, base):
     table.save_to_disk(folder / "one")
     datasets.DatasetDict({"test": table}).save_to_disk(folder / "many")
     for name, split in (("one", "train"), ("many", "test")):
-        samples = load_questions(folder / name, split=split)
-        assert [s.id for s in samples] == ["r0", "r1", "r2", "r3"] and [
-            len(s.images) for s in samples
-        ] == [1, 2, 1, 2]
-        assert open_image(samples[3].images[1]).size == (40, 33) and not isinstance(
-            samples[3].images[1], Image.Image
-        )
-        assert (
-            encode_prompts(base[1], samples[:1], [student_messages(samples[0])])[0].pixels
-            is not None
-        )
+        questions = load_questions(folder / name, split=split)
+        assert [question.id for question in questions] == ["r0", "r1", "r2", "r3"]
+        assert [len(question.images) for question in questions] == [1, 2, 1, 2]
+        last = questions[3].images[1]
+        assert open_image(last).size == (40, 33)
+        assert not isinstance(last, Image.Image)
+        [prompt] = student_prompts(base[1], questions[:1])
+        assert prompt.pixels is not None
     with pytest.raises(ValueError, match="split 'dev'"):
         load_questions(folder / "many", split="dev")
-    raw = [
+
+
+def test_a_broken_image_of_a_dataset_is_found_before_it_is_used(datasets, folder):
+    images = [
         {"bytes": (folder / "a.png").read_bytes(), "path": None},
         {"bytes": b"nonsense", "path": None},
     ]
-    table = datasets.Dataset.from_dict(
-        {"question": ["a?", "b?"], "answer": ["1", "2"], "image": raw}
-    ).cast_column("image", datasets.Image())
+    columns = {"question": ["a?", "b?"], "answer": ["1", "2"], "image": images}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.save_to_disk(folder / "broken")
     bad = []
-    assert (
-        len(load_questions(folder / "broken", bad=bad)) == 1
-        and len(bad) == 1
-        and "broken:row 1" in bad[0]
-    )
+    assert len(load_questions(folder / "broken", bad=bad)) == 1
+    assert len(bad) == 1
+    assert "broken:row 1" in bad[0]
 
 
-def test_a_dataset_without_datasets_is_one_line(folder, monkeypatch):
+def test_a_dataset_without_datasets_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="python -m pip install datasets"):
         load_questions("PAPOGalaxy/PAPO_ViRL39K_train")
 
 
-def test_missing_and_empty_files(folder):
-    with pytest.raises(ValueError, match="no such file"):
-        load_questions(folder / "none.jsonl")
-    with pytest.raises(ValueError, match="no samples"):
-        load_questions(write(folder, ""))
+# -------------------------------------------------------------------------------- a run's questions
+QUESTIONS = [Question(str(i), "How many?", "1", []) for i in range(7)]
+
+
+def epoch(stream, number):
+    """The ids of an epoch's questions, in the order in which they come."""
+    start = number * len(stream.questions)
+    return [stream[i].id for i in range(start, start + len(stream.questions))]
 
 
 def test_data_is_shuffled_anew_each_epoch_and_nothing_is_left_out():
-    samples = [str(i) for i in range(7)]
-    stream = QuestionStream(samples, seed=3)
-    epochs = [[stream[i] for i in range(7 * e, 7 * e + 7)] for e in range(3)]
-    assert all(sorted(e) == samples for e in epochs) and epochs[0] != epochs[1]
+    stream = QuestionStream(QUESTIONS, seed=3)
+    epochs = [epoch(stream, number) for number in range(3)]
+    assert all(sorted(ids) == [question.id for question in QUESTIONS] for ids in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_the_order_depends_on_the_seed_and_the_number_alone():
+    stream = QuestionStream(QUESTIONS, seed=3)
+    epochs = [epoch(stream, number) for number in (2, 0)]
+    assert [epoch(QuestionStream(QUESTIONS, seed=3), number) for number in (2, 0)] == epochs
+    assert epoch(stream, 2) == epochs[0], "also after another epoch"
+    assert epoch(QuestionStream(QUESTIONS, seed=4), 2) != epochs[0]
+
+
+def test_the_first_questions_are_those_of_the_run_and_at_most_all():
+    stream = QuestionStream(QUESTIONS, seed=3)
+    assert [question.id for question in stream.first(3)] == epoch(stream, 0)[:3]
+    assert [question.id for question in stream.first(99)] == epoch(stream, 0)
+
+
+def test_the_fingerprint_changes_with_the_ids_alone():
+    fingerprint = QuestionStream(QUESTIONS, seed=3).fingerprint()
+    same_ids = [Question(question.id, "What?", "2", []) for question in QUESTIONS]
+    assert QuestionStream(same_ids, seed=4).fingerprint() == fingerprint
+    assert QuestionStream(QUESTIONS[:6], seed=3).fingerprint() != fingerprint
+    assert QuestionStream(QUESTIONS[::-1], seed=3).fingerprint() != fingerprint

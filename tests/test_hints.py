@@ -1,4 +1,4 @@
-"""hints.py: the structure, the one template, and the spoiler check."""
+"""hints.py: the hint, the teacher's chat, hints from an expert and from attention."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import hints
-from hints import Hint, NoReply, Rejected, build_hint, teacher_messages
+from hints import CONTEXTS, Hint, NoReply, Rejected, build_hint, parse_reply, teacher_messages
 from rollout import FORMAT_PROMPT, Question, encode_prompts, student_messages
 from toy import world
 
@@ -16,8 +16,14 @@ HINT = Hint(
     ignore=("the legend.",),
     steps=("read the height", "compare it"),
 )
+RENDERED = """\
+Hint:
+- Look at: the red bar; its label.
+- Ignore: the legend.
+- Steps: read the height; compare it."""
 
 
+# -------------------------------------------------------------------------------------------- hints
 def test_json_both_ways():
     assert Hint.from_json(HINT.to_json()) == HINT
     assert Hint.from_json(json.loads(HINT.to_json())) == HINT
@@ -25,7 +31,7 @@ def test_json_both_ways():
 
 
 @pytest.mark.parametrize(
-    "bad,message",
+    "bad, message",
     [
         ({"look": "x"}, "lists of texts"),
         ({"where": ["x"]}, "unknown hint field 'where'"),
@@ -43,51 +49,67 @@ def test_bad_hints(bad, message):
         Hint.from_json(bad)
 
 
+def test_a_text_is_no_part_of_a_hint():
+    with pytest.raises(ValueError, match="'look' must be a list of non-empty texts"):
+        Hint(look="the bar")
+
+
 def test_render_has_every_phrase_once_and_no_empty_part():
-    text = HINT.render()
-    assert (
-        text
-        == "Hint:\n- Look at: the red bar; its label.\n- Ignore: the legend.\n- Steps: read the height; compare it."
-    )
+    assert HINT.render() == RENDERED
     assert "Ignore" not in Hint(look=("a",)).render()
 
 
+def test_the_text_for_the_spoiler_check_has_every_phrase():
+    assert HINT.text == "the red bar; its label; the legend.; read the height; compare it"
+
+
+# ------------------------------------------------------------------------------- the teacher's chat
 def test_the_teacher_reads_the_student_s_prompt_plus_the_hint():
-    sample = Question("a", "How high is it?", "12", ["one.png", "two.png"], HINT)
-    plain, hinted = student_messages(sample)[0]["content"], teacher_messages(sample)[0]["content"]
+    question = Question("a", "How high is it?", "12", ["one.png", "two.png"], HINT)
+    plain = student_messages(question)[0]["content"]
+    hinted = teacher_messages(question)[0]["content"]
     assert plain[:2] == hinted[:2] == [{"type": "image"}] * 2
-    assert HINT.render() not in plain[-1]["text"] and plain[-1]["text"].endswith(FORMAT_PROMPT)
-    assert HINT.render() in hinted[-1]["text"]
-    assert hinted[-1]["text"].replace(HINT.render() + "\n", "") == plain[-1]["text"]
+    plain_text, hinted_text = plain[-1]["text"], hinted[-1]["text"]
+    assert RENDERED not in plain_text
+    assert plain_text.endswith(FORMAT_PROMPT)
+    assert RENDERED in hinted_text
+    assert hinted_text.replace(RENDERED + "\n", "") == plain_text
 
 
 def test_the_other_teachers_of_the_comparison():
-    sample = Question("a", "How high is it?", "12", ["one.png"], HINT, solution="It is 12.")
-    texts = {c: teacher_messages(sample, c)[0]["content"][-1]["text"] for c in hints.CONTEXTS}
-    assert all(
-        teacher_messages(sample, c)[0]["content"][0] == {"type": "image"} for c in hints.CONTEXTS
-    )
-    assert texts["hint"] == teacher_messages(sample)[0]["content"][-1]["text"]
-    assert "The answer is 12." in texts["answer"] and "It is 12." not in texts["answer"]
+    question = Question("a", "How high is it?", "12", ["one.png"], HINT, solution="It is 12.")
+    contents = {context: teacher_messages(question, context)[0]["content"] for context in CONTEXTS}
+    texts = {context: content[-1]["text"] for context, content in contents.items()}
+    assert all(content[0] == {"type": "image"} for content in contents.values())
+    assert texts["hint"] == teacher_messages(question)[0]["content"][-1]["text"]
+    assert "The answer is 12." in texts["answer"]
+    assert "It is 12." not in texts["answer"]
     assert "A solution: It is 12." in texts["solution"]
-    assert teacher_messages(sample, "none") == student_messages(sample)
+    assert teacher_messages(question, "none") == student_messages(question)
+
+
+@pytest.mark.parametrize(
+    "context, has_one", [("hint", False), ("answer", True), ("solution", False), ("none", True)]
+)
+def test_a_teacher_that_lacks_its_context_has_no_chat(context, has_one):
     bare = Question("a", "How high is it?", "12", ["one.png"])
-    assert [teacher_messages(bare, c) is None for c in hints.CONTEXTS] == [True, False, True, False]
+    assert (teacher_messages(bare, context) is not None) == has_one
 
 
 def test_spoilers_and_long_hints_are_taken_away_whole(base):
-    samples = world.puzzles("tune", 4)
-    samples[1].hint = Hint(steps=(f"the sum is {samples[1].answer}",))
-    samples[2].hint = Hint(steps=("read " * 60,))
-    assert hints.screen_hints(samples, base[1].tokenizer, 60) == {
-        "spoilers": [samples[1].id],
-        "too long": [samples[2].id],
+    questions = world.puzzles("tune", 5)
+    questions[1].hint = Hint(steps=(f"the sum is {questions[1].answer}",))
+    questions[2].hint = Hint(steps=("read " * 60,))
+    questions[4].hint = None
+    assert hints.screen_hints(questions, base[1].tokenizer, 60) == {
+        "spoilers": [questions[1].id],
+        "too long": [questions[2].id],
     }
-    assert [s.hint is not None for s in samples] == [True, False, False, True]
-    assert samples[0].hint == world.hint(world.make_puzzle("tune", 0))
+    assert [bool(question.hint) for question in questions] == [True, False, False, True, False]
+    assert questions[0].hint == world.hint(world.make_puzzle("tune", 0))
 
 
-# ------------------------------------------------------------------------------------------------------------------ experts
+# ----------------------------------------------------------------------------- hints from an expert
 GOOD = json.dumps(
     {
         "look": ["the tallest bar"],
@@ -108,11 +130,11 @@ GOOD = json.dumps(
     ],
 )
 def test_replies_that_are_hints(reply):
-    assert hints.parse_reply(reply) == Hint.from_json(GOOD)
+    assert parse_reply(reply) == Hint.from_json(GOOD)
 
 
 @pytest.mark.parametrize(
-    "reply,reason",
+    "reply, reason",
     [
         ("", "not a JSON object"),
         ("I cannot help with that.", "not a JSON object"),
@@ -131,14 +153,18 @@ def test_replies_that_are_hints(reply):
 )
 def test_replies_that_are_none(reply, reason):
     with pytest.raises(Rejected, match=reason):
-        hints.parse_reply(reply)
+        parse_reply(reply)
+
+
+QUESTION = Question("q", "How many bars are red?", "7", ["a.png", "b.png"], choices=["7", "9"])
+SPOILING = json.dumps({"look": ["the seven red bars"]})
 
 
 def scripted(*replies):
     """An expert that gives these replies in turn, and the list of the chats that it was shown."""
     chats, left = [], list(replies)
 
-    def ask(sample, messages):
+    def ask(question, messages):
         chats.append(messages)
         reply = left.pop(0)
         if isinstance(reply, Exception):
@@ -148,128 +174,159 @@ def scripted(*replies):
     return ask, chats
 
 
-QUESTION = Question("q", "How many bars are red?", "7", ["a.png", "b.png"], choices=["7", "9"])
+def texts(chat):
+    """The last text of each turn."""
+    return [turn["content"][-1]["text"] for turn in chat]
+
+
+def test_an_expert_is_shown_images_question_options_and_answer():
+    ask, chats = scripted(GOOD)
+    assert build_hint(ask, QUESTION) == (Hint.from_json(GOOD), [])
+    [[turn]] = chats
+    assert turn["role"] == "user"
+    assert turn["content"][:2] == [{"type": "image"}] * 2
+    text = turn["content"][-1]["text"]
+    assert text.startswith(hints.INSTRUCTION)
+    assert QUESTION.text in text
+    assert "answer (never in the hint): 7" in text
+    assert "(B) 9" in text
+    assert "zero" not in text
 
 
 def test_a_spoiling_hint_is_asked_for_again_with_the_reasons():
-    bad = json.dumps({"look": ["the seven red bars"]})
-    ask, chats = scripted(bad, Rejected("cut off: the reply reached 9 tokens"), GOOD)
-    hint, rejected = build_hint(ask, QUESTION, 3)
-    assert hint == Hint.from_json(GOOD) and rejected == [
-        ["holds the answer's number: 7"],
-        ["cut off: the reply reached 9 tokens"],
-    ]
-    first, second, third = chats
-    assert [turn["role"] for turn in first] == ["user"] and [turn["role"] for turn in second] == [
-        "user",
-        "assistant",
-        "user",
-    ]
-    assert first[0]["content"][:2] == [{"type": "image"}] * 2
-    text = first[0]["content"][-1]["text"]
-    assert (
-        QUESTION.text in text
-        and "answer (never in the hint): 7" in text
-        and "(B) 9" in text
-        and "zero" not in text
-    )
-    assert second[0] == third[0] == first[0] and second[1]["content"][0]["text"] == bad
-    assert (
-        "holds the answer's number: 7" in second[2]["content"][0]["text"]
-        and "cut off" in third[2]["content"][0]["text"]
-    )
+    cut_off = Rejected("cut off: the reply reached 9 tokens")
+    ask, chats = scripted(f"<think>7</think>{SPOILING}", cut_off, GOOD)
+    hint, rejected = build_hint(ask, QUESTION, max_tries=3)
+    assert hint == Hint.from_json(GOOD)
+    assert rejected == [["holds the answer's number: 7"], [str(cut_off)]]
+    opening, after_one, after_two = chats
+    assert [turn["role"] for turn in opening] == ["user"]
+    assert [turn["role"] for turn in after_one] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in after_two] == ["user", "assistant", "user"]
+    assert after_one[0] == after_two[0] == opening[0]
+    assert texts(after_one)[1] == SPOILING, "the thinking is not shown again"
+    assert "holds the answer's number: 7" in texts(after_one)[2]
+    assert texts(after_two)[1] == "(nothing)"
+    assert "cut off" in texts(after_two)[2]
+    assert "answer's number" not in texts(after_two)[2]
 
 
 def test_after_the_last_try_the_question_stays_without_a_hint():
     ask, chats = scripted("no", "no", GOOD)
-    assert build_hint(ask, QUESTION, 2) == (None, [["not a JSON object"]] * 2) and len(chats) == 2
+    assert build_hint(ask, QUESTION, 2) == (None, [["not a JSON object"]] * 2)
+    assert len(chats) == 2
+
+
+def test_an_expert_that_is_not_reached_costs_no_try():
+    ask, _ = scripted(NoReply("x"))
     with pytest.raises(NoReply):
-        build_hint(scripted(NoReply("x"))[0], QUESTION)
+        build_hint(ask, QUESTION)
 
 
-# --------------------------------------------------------------------------------------------------------------- attention
+# ----------------------------------------------------------------- hints from the model's attention
+def attention_of_plain_forward(model, processor, question, answer):
+    """Attention from the answer's tokens to the image's (image tokens,), over all layers.
+
+    By one forward over prompt and answer, without a cache, that returns its attention weights.
+    """
+    [prompt] = encode_prompts(processor, [question], [student_messages(question)])
+    tokens = processor.tokenizer(answer)["input_ids"]
+    ids = torch.cat([prompt.ids, torch.tensor(tokens)]).unsqueeze(0)
+    types = torch.cat([prompt.types, torch.zeros(len(tokens), dtype=torch.long)]).unsqueeze(0)
+    out = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=types,
+        pixel_values=prompt.pixels,
+        image_grid_thw=prompt.grid,
+        output_attentions=True,
+        use_cache=False,
+    )
+    weights = torch.stack(out.attentions).mean((0, 1, 2))  # (queries, keys)
+    return weights[-len(tokens) :, types[0].bool()].mean(0)
+
+
+@torch.no_grad()
 def test_attention_maps_are_the_attention_of_a_plain_forward(tiny):
-    """Against one uncached forward a prompt with output_attentions."""
     model, processor = tiny
-    sample = world.puzzles("tune", 1)[0]
-    sample.images, sample.answer = [sample.images[0].resize((140, 84)), sample.images[0]], "1 2"
+    [question] = world.puzzles("tune", 1)
+    question.images = [question.images[0].resize((140, 84)), question.images[0]]
+    question.answer = "1 2"
     implementation = model.config.text_config._attn_implementation
-    maps = hints.attention_maps(model, processor, sample, (0, 1))
-    assert [m.shape for m in maps] == [
-        (3, 5),
-        (4, 4),
-    ] and model.config.text_config._attn_implementation == implementation
-    rows = []
+    maps = hints.attention_maps(model, processor, question, (0, 1))
+    assert [heat.shape for heat in maps] == [(3, 5), (4, 4)]
+    assert model.config.text_config._attn_implementation == implementation
+
     model.set_attn_implementation("eager")
-    for question in (sample.text, "Describe the image."):
-        chat = student_messages(Question("", question, "", sample.images))
-        [prompt] = encode_prompts(processor, [sample], [chat])
-        answer = processor.tokenizer("1 2")["input_ids"]
-        ids = torch.cat([prompt.ids, torch.tensor(answer)]).unsqueeze(0)
-        types = torch.cat([prompt.types, torch.zeros(2, dtype=torch.long)]).unsqueeze(0)
-        with torch.no_grad():
-            out = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=types,
-                pixel_values=prompt.pixels,
-                image_grid_thw=prompt.grid,
-                output_attentions=True,
-                use_cache=False,
-            )
-        rows.append(torch.stack(out.attentions).mean((0, 1, 2))[-2:, types[0].bool()].mean(0))
+    neutral = Question("", "Describe the image.", "", question.images)
+    asked = attention_of_plain_forward(model, processor, question, "1 2")
+    ground = attention_of_plain_forward(model, processor, neutral, "1 2")
     model.set_attn_implementation(implementation)
-    ratio = rows[0] / rows[1]
-    for got, part in zip(maps, (ratio[:15].view(3, 5), ratio[15:].view(4, 4))):
-        torch.testing.assert_close(got, part / part.mean(), rtol=1e-3, atol=1e-4)
+    ratio = asked / ground
+    expected = [ratio[:15].view(3, 5), ratio[15:].view(4, 4)]
+    for heat, part in zip(maps, expected, strict=True):
+        torch.testing.assert_close(heat, part / part.mean(), rtol=1e-3, atol=1e-4)
 
 
 def test_attention_layers_are_checked(base):
+    [question] = world.puzzles("tune", 1)
     with pytest.raises(ValueError, match="layers 1-9: the model has layers 0 to 2"):
-        hints.attention_maps(*base, world.puzzles("tune", 1)[0], (1, 9))
+        hints.attention_maps(*base, question, (1, 9))
 
 
-def test_regions_are_the_hot_areas_hottest_first():
-    heat = torch.zeros(6, 8)
-    heat[1:3, 1:4] = 5
-    heat[5, 7] = 9
-    heat[4, 0] = 8
-    heat[0, 7] = 7
-    assert hints.regions(heat) == [(1, 1, 4, 3), (7, 5, 8, 6), (0, 4, 1, 5)]
-    assert hints.regions(torch.ones(3, 3)) == []
-
-
-@pytest.mark.parametrize(
-    "box,exact,vague",
-    [
-        ((0, 0, 2, 2), "the upper left", None),
-        ((6, 6, 8, 8), "the lower right", None),
-        ((3, 3, 5, 5), "the middle of the picture", None),
-        ((4, 0, 6, 8), "the third column from the left", "the middle part, from top to bottom"),
-        ((0, 6, 8, 8), "the fourth row from the top", "the lower part, from left to right"),
-        ((0, 0, 8, 8), "the whole picture", None),
-        ((0, 3, 8, 6), "the middle part, from left to right", None),
-        ((5, 3, 8, 4), "the middle right", None),
-    ],
-)
-def test_places_in_words(box, exact, vague):
-    assert hints.place_words(box, (8, 8)) == exact and hints.place_words(
-        box, (8, 8), exact=False
-    ) == (vague or exact)
-
-
-def test_an_attention_hint_that_would_name_the_answer_says_it_without_ordinals(base, monkeypatch):
+def column_heat(column):
+    """A map (4, 4) that is hot in one column."""
     heat = torch.zeros(4, 4)
-    heat[:, 2] = 9
-    monkeypatch.setattr(hints, "attention_maps", lambda *args: [heat])
-    sample = Question("a", "Which column holds the star?", "third", [Image.new("RGB", (100, 200))])
-    hint, reasons, _, boxes = hints.attention_hint(None, None, sample)
-    assert (
-        hint.look == ("the middle part, from top to bottom",)
-        and not reasons
-        and boxes == [[[50, 0, 75, 200]]]
+    heat[:, column] = 9
+    return heat
+
+
+@pytest.fixture
+def look_at(monkeypatch):
+    """look_at(*maps): from now on, these are the maps of the model's attention."""
+
+    def set_maps(*maps):
+        monkeypatch.setattr(hints, "attention_maps", lambda *args: list(maps))
+
+    return set_maps
+
+
+COLUMN = Question("a", "Which column holds the star?", "fifth", [Image.new("RGB", (100, 200))])
+
+
+def test_an_attention_hint_that_would_name_the_answer_says_it_without_ordinals(look_at):
+    question = Question("a", COLUMN.text, "third", COLUMN.images)
+    look_at(column_heat(2))
+    hint, reasons, _, boxes = hints.attention_hint(None, None, question)
+    assert hint.look == ("the middle part, from top to bottom",)
+    assert not reasons
+    assert boxes == [[[50, 0, 75, 200]]]
+    hint, *_ = hints.attention_hint(None, None, COLUMN)
+    assert hint.look == ("the third column from the left",)
+
+
+def test_an_attention_hint_without_a_region_is_none(look_at):
+    look_at(torch.ones(4, 4))
+    hint, reasons, _, boxes = hints.attention_hint(None, None, COLUMN)
+    assert (hint, reasons, boxes) == (None, ["no region stands out"], [[]])
+
+
+def test_an_attention_hint_that_spoils_in_any_words_is_none(look_at):
+    question = Question("a", "Where is the star?", "left", COLUMN.images)
+    look_at(column_heat(0))  # "the first column from the left", "the left part"
+    hint, reasons, _, boxes = hints.attention_hint(None, None, question)
+    assert hint is None
+    assert len(reasons) == 1
+    assert "left" in reasons[0]
+    assert boxes == [[[0, 0, 25, 200]]]
+
+
+def test_an_attention_hint_names_the_picture_where_there_are_several(look_at):
+    images = [Image.new("RGB", (100, 200)), Image.new("RGB", (40, 40))]
+    look_at(column_heat(2), column_heat(0))
+    hint, _, _, boxes = hints.attention_hint(None, None, Question("a", "Which?", "9", images))
+    assert hint.look == (
+        "the third column from the left of the first picture",
+        "the first column from the left of the second picture",
     )
-    sample.answer = "fifth"
-    assert hints.attention_hint(None, None, sample)[0].look == ("the third column from the left",)
-    monkeypatch.setattr(hints, "attention_maps", lambda *args: [torch.ones(4, 4)])
-    assert hints.attention_hint(None, None, sample)[:2] == (None, ["no region stands out"])
+    assert boxes == [[[50, 0, 75, 200]], [[0, 0, 10, 40]]]

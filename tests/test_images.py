@@ -1,122 +1,160 @@
-"""plumbing/images.py: the processor, and a frozen tower's features."""
+"""plumbing/images.py: opening images, the processor, and a frozen tower's features."""
+
+import io
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from PIL import Image
+from test_rollout import ids_of, mixed_questions, student_prompts
 
 from hints import teacher_messages
-from plumbing.images import encode_images, load_processor, take_features
-from rollout import (
-    Question,
-    collate,
-    encode_prompts,
-    response_states,
-    sample_groups,
-    student_messages,
-)
+from plumbing.images import StoredImage, encode_images, load_processor, open_image, take_features
+from plumbing.settings import EMBEDDED
+from rollout import collate, encode_prompts, response_states, sample_groups
 from toy import world
 
 
-def test_pixels_limit_the_image_tokens(base):
-    small, large = (
-        load_processor(str(ROOT / "toy" / "base"), **limit)
-        for limit in (dict(max_pixels=56 * 56), dict(min_pixels=28 * 28 * 25, max_pixels=10**6))
-    )
-    [sample] = world.puzzles("tune", 1)
-    counts = [
-        encode_prompts(p, [sample], [student_messages(sample)])[0].types.sum().item()
-        for p in (small, base[1], large)
-    ]
-    assert counts[0] == 4 and counts[1] == 16 and counts[2] >= 25
+# ----------------------------------------------------------------------------------- opening images
+def picture(mode="RGB"):
+    return Image.new(mode, (30, 20), 200)
+
+
+def png(image):
+    """The bytes of a .png file."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])
+def test_an_image_is_opened_in_rgb(mode):
+    opened = open_image(picture(mode))
+    assert (opened.mode, opened.size) == ("RGB", (30, 20))
+
+
+def test_an_image_in_rgb_is_itself():
+    image = picture()
+    assert open_image(image) is image
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_image_is_opened_from_its_path(kind, tmp_path):
+    picture("L").save(tmp_path / "a.png")
+    opened = open_image(kind(tmp_path / "a.png"))
+    assert (opened.mode, opened.size) == ("RGB", (30, 20))
+    assert opened.getpixel((0, 0)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize(
+    "as_cell",
+    [
+        lambda image, path: image,
+        lambda image, path: {"bytes": png(image), "path": None},
+        lambda image, path: {"bytes": png(image), "path": "gone.png"},
+        lambda image, path: {"bytes": None, "path": path},
+    ],
+    ids=["decoded", "bytes", "bytes and a path", "path"],
+)
+@pytest.mark.parametrize("in_list", [False, True])
+def test_an_image_is_opened_from_its_table(as_cell, in_list, tmp_path):
+    picture("L").save(tmp_path / "a.png")
+    cell, place = as_cell(picture("L"), str(tmp_path / "a.png")), 0
+    if in_list:
+        cell, place = [Image.new("L", (1, 1)), cell], 1
+    table = [{"pictures": None}, {"pictures": cell}]
+    opened = open_image(StoredImage(table, 1, "pictures", place, (30, 20)))
+    assert (opened.mode, opened.size) == ("RGB", (30, 20))
+    assert opened.getpixel((0, 0)) == (200, 200, 200)
+
+
+# ------------------------------------------------------------------------------------ the processor
+@pytest.mark.parametrize(
+    "limits, fewest, most",
+    [
+        ({"max_pixels": 56 * 56}, 4, 4),
+        ({}, 16, 16),
+        ({"min_pixels": 28 * 28 * 25, "max_pixels": 10**6}, 25, 99),
+    ],
+)
+def test_pixels_limit_the_image_tokens(limits, fewest, most):
+    processor = load_processor(EMBEDDED, **limits)
+    [prompt] = student_prompts(processor, world.puzzles("tune", 1))
+    assert fewest <= prompt.types.sum().item() <= most
 
 
 def test_processor_survives_saving(base, tmp_path):
     _, processor = base
     processor.save_pretrained(tmp_path)
-    again = load_processor(str(tmp_path))
-    samples = world.puzzles("heldout", 2)
-    for a, b in zip(
-        *(
-            encode_prompts(p, samples, [teacher_messages(s) for s in samples])
-            for p in (processor, again)
-        )
-    ):
-        assert (
-            torch.equal(a.ids, b.ids)
-            and torch.equal(a.pixels, b.pixels)
-            and torch.equal(a.types, b.types)
-        )
+    questions = world.puzzles("heldout", 2)
+    chats = [teacher_messages(question) for question in questions]
+    before = encode_prompts(processor, questions, chats)
+    after = encode_prompts(load_processor(str(tmp_path)), questions, chats)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.types, other.types)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        load_processor(str(folder))
 
 
 def test_one_cell_is_one_image_token_and_nothing_is_unknown(base):
     model, processor = base
-    samples = world.puzzles("train", 50)
-    for prompt in encode_prompts(processor, samples, [teacher_messages(s) for s in samples]):
-        assert prompt.types.sum() == 16 == (prompt.ids == model.config.image_token_id).sum()
+    questions = world.puzzles("train", 50)
+    chats = [teacher_messages(question) for question in questions]
+    for prompt in encode_prompts(processor, questions, chats):
+        assert prompt.types.sum() == 16
+        assert (prompt.ids == model.config.image_token_id).sum() == 16
         assert not (prompt.ids == processor.tokenizer.unk_token_id).any()
 
 
-@pytest.mark.parametrize("generate", ["own", "hf"])
-def test_features_in_the_place_of_patches_change_nothing(tiny, generate):
-    """Two images, one and none: states, and greedy responses, from what the tower made once."""
-    model, processor = tiny
-    a, b = world.puzzles("heldout", 2)
-    samples = [
-        Question(
-            "two",
-            "How many points are in the star row?",
-            "3",
-            [a.images[0], b.images[0].resize((84, 56))],
-        ),
-        b,
-        Question("none", "How many?", "1", []),
+# ---------------------------------------------------------------------------- features of the tower
+def states_both_ways(model, prompts):
+    """The states of three tokens on each prompt: with prompts that run once, as whole sequences."""
+    responses = [[30, 31, 32]] * len(prompts)
+    return [
+        response_states(model, collate(prompts, responses, 0, one_prompt_per_response=whole))
+        for whole in (False, True)
     ]
-    patches, features = (
-        encode_prompts(processor, samples, [student_messages(s) for s in samples]) for _ in range(2)
-    )
-    with torch.no_grad():
-        expected = (
-            response_states(model, collate(patches, [[30, 31, 32]] * 3, 0)),
-            response_states(model, collate(patches, [[30, 31, 32]] * 3, 0, apart=True)),
-        )
-        greedy = [
-            [r.ids for r in g]
-            for g in sample_groups(
-                model,
-                processor,
-                samples,
-                patches,
-                1,
-                max_new_tokens=6,
-                temperature=0,
-                generate=generate,
-            )
-        ]
-        take_features(model)
-        encode_images(model, features)
-        model.model.visual.blocks[0].forward = None  # the tower is not run again
-        encode_images(model, features)
-        got = (
-            response_states(model, collate(features, [[30, 31, 32]] * 3, 0)),
-            response_states(model, collate(features, [[30, 31, 32]] * 3, 0, apart=True)),
-        )
-        again = [
-            [r.ids for r in g]
-            for g in sample_groups(
-                model,
-                processor,
-                samples,
-                features,
-                1,
-                max_new_tokens=6,
-                temperature=0,
-                generate=generate,
-            )
-        ]
-    assert (
-        [len(p.pixels) for p in features[:2]] == [22, 16]
-        and features[2].pixels is None
-        and greedy == again
-    )
-    for x, y in zip(expected, got):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def greedy(model, processor, prompts, generate):
+    settings = {"max_new_tokens": 6, "temperature": 0, "generate": generate}
+    return ids_of(sample_groups(model, processor, prompts, 1, **settings))
+
+
+@pytest.mark.parametrize("generate", ["own", "hf"])
+@torch.no_grad()
+def test_features_in_the_place_of_patches_change_nothing(tiny, generate):
+    """One image, two and none: states, and greedy responses, from what the tower made once."""
+    model, processor = tiny
+    patches = student_prompts(processor, mixed_questions())
+    features = student_prompts(processor, mixed_questions())
+    states = states_both_ways(model, patches)
+    responses = greedy(model, processor, patches, generate)
+
+    take_features(model)
+    encode_images(model, features)
+    model.model.visual.blocks[0].forward = None  # the tower is not run again
+    encode_images(model, features)
+    lengths = [None if prompt.pixels is None else len(prompt.pixels) for prompt in features]
+    assert lengths == [16, 22, None, 16]
+    for before, after in zip(states, states_both_ways(model, features), strict=True):
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+    assert greedy(model, processor, features, generate) == responses
+
+
+@torch.no_grad()
+def test_a_model_that_takes_features_still_takes_patches(tiny):
+    model, processor = tiny
+    prompts = student_prompts(processor, mixed_questions())
+    before = states_both_ways(model, prompts)
+    take_features(model)
+    for expected, states in zip(before, states_both_ways(model, prompts), strict=True):
+        torch.testing.assert_close(states, expected, rtol=0, atol=0)

@@ -4,26 +4,44 @@ import json
 
 import pytest
 from PIL import Image
+from test_rollout import student_prompts
 
 import train
 from hints import Hint
-from plumbing import inputs
-from plumbing.inputs import prompt_tokens
-from plumbing.settings import EMBEDDED
-from rollout import encode_prompts, student_messages
+from plumbing import command
+from plumbing.data import QuestionStream
+from plumbing.inputs import prompt_tokens, read_inputs
 from toy import world
 
 
+def write_lines(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder that a command runs in, with files of questions, a hints file and a run."""
+    monkeypatch.chdir(tmp_path)
+    good = {"question": "a?", "answer": "1"}
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    write_lines(tmp_path / "bad.jsonl", [good, {"question": "a?"}])
+    write_lines(tmp_path / "good.jsonl", [good])
+    write_lines(tmp_path / "h.jsonl", [{"id": "good-1", "hint": {"look": "left"}}])
+    write_lines(tmp_path / "image.jsonl", [{**good, "image": "none.png"}])
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- bad input is one clear line
 @pytest.mark.parametrize(
-    "argv,message",
+    "argv, message",
     [
         (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
         (["--model", "no/such/folder"], "no such folder"),
         (["--model", "./nowhere"], "no such folder"),
         (["--group-size", "1"], "--group-size must be at least 2"),
-        (["--tau", "0"], "--tau must be in (0, 1]"),
-        (["--tau", "1.5"], "--tau must be in (0, 1]"),
-        (["--jsd-k", "0"], "--jsd-k must be >= 1"),
+        (["--tau", "0"], "--tau must be above 0 and at most 1, got 0.0"),
+        (["--tau", "1.5"], "--tau must be above 0 and at most 1, got 1.5"),
+        (["--jsd-k", "0"], "--jsd-k must be at least 1"),
         (["--steps", "many"], "invalid int value"),
         (["--lr", "0"], "--lr must be above 0"),
         (["--name", "a/b"], "plain folder name"),
@@ -31,93 +49,162 @@ from toy import world
         (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
         (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"),
         (["--name", "taken"], "exists already"),
-        (["--seed", "400"], "--seed must be at most 399"),
+        (["--seed", "400"], "--seed must be at least 0 and at most 399"),
         (["--hints", "h.jsonl"], "--hints needs --data"),
         (["--teacher-context", "oracle"], "invalid choice: 'oracle'"),
         (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields"),
-        (["--fog", "2"], "--fog must be at most 1"),
+        (["--fog", "2"], "--fog must be at least 0 and at most 1"),
         (["--fog", "0.5", "--data", "good.jsonl"], "--fog is for the built-in puzzles"),
+        (["--data", "good.jsonl", "--max-prompt", "5"], "longer than --max-prompt 5 tokens"),
+        (["--eval-data", "bad.jsonl"], "bad.jsonl:2: no answer"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_a_model_is_loaded(
-    argv, message, tmp_path, monkeypatch, capsys
+    argv, message, folder, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("a model was loaded"))
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
-    (tmp_path / "bad.jsonl").write_text('{"question": "a?", "answer": "1"}\n{"question": "a?"}\n')
-    (tmp_path / "good.jsonl").write_text('{"question": "a?", "answer": "1"}\n')
-    (tmp_path / "h.jsonl").write_text('{"id": "good-1", "hint": {"look": "left"}}\n')
-    (tmp_path / "image.jsonl").write_text(
-        '{"question": "a?", "answer": "1", "image": "none.png"}\n'
-    )
+    monkeypatch.setattr(command, "build", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1, error
+    assert message in error
 
 
-def test_a_model_without_vision_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+def test_good_input_gets_as_far_as_the_model(folder, monkeypatch):
+    """The check of the checks above: `build` is what comes after them."""
+
+    class Reached(Exception):
+        pass
+
+    def build(config, accelerator):
+        raise Reached
+
+    monkeypatch.setattr(command, "build", build)
+    with pytest.raises(Reached):
+        train.main(["--data", "good.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ('{"model_type": "gpt2"}', "is a gpt2 model; supported: qwen2_vl"),
+        ("{oops", "cannot read its config.json"),
+        (None, "cannot read its config.json"),
+    ],
+)
+def test_a_model_without_vision_is_refused(tmp_path, capsys, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
     with pytest.raises(SystemExit):
         train.main(["--model", str(tmp_path)])
-    assert "is a gpt2 model; supported: qwen2_vl" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_unusable_hints_are_dropped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+# ------------------------------------------------------------------------------------- what is read
+def read(world_size=1, **settings):
+    config = train.TrainConfig(**{"name": "x", "eval_questions": 1, **settings})
+    return read_inputs(config, world, world_size)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"questions": 3}, "--questions 3 must be a multiple of the 2 processes"),
+        ({"report": "this run"}, "afterwards, python train.py --report runs/x"),
+        ({"data": "good.jsonl", "train_vision": True}, "needs an image in every question"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read(world_size=2, **settings)
+    read(world_size=1, **settings)
+
+
+def test_without_data_the_questions_are_puzzles(folder):
+    inputs = read(seed=3, fog=0.5, eval_questions=5)
+    assert isinstance(inputs.stream, world.PuzzleStream)
+    assert inputs.stream.first(9) == world.PuzzleStream(3, 0.5).first(9)
+    assert inputs.held_out == world.puzzles("heldout", 5, fog=0.5)
+    assert inputs.note == "questions: built-in puzzles, all with a hint"
+    assert str(inputs.folder) == "runs/x"
+    assert inputs.same_answer("7.0", "7", None)
+
+
+def test_with_data_the_questions_are_shuffled_by_the_seed(folder):
+    write_lines(folder / "d.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(9)])
+    inputs = read(data="d.jsonl", eval_data="d.jsonl", seed=3, eval_questions=2)
+    shuffled = QuestionStream(inputs.stream.questions, 3)
+    assert [inputs.stream[i].id for i in range(9)] == [shuffled[i].id for i in range(9)]
+    assert [question.id for question in inputs.held_out] == ["d-1", "d-2"]
+
+
+def test_what_cannot_be_read_or_is_too_long_is_left_out_and_named(folder):
     rows = [
-        {"question": "How many?", "answer": "7", "hint": h}
-        for h in ("count to 7", "count the left ones", "read " * 40)
+        {"question": "a?", "answer": "1"},
+        {"question": "a?"},
+        {"question": "a?" * 40, "answer": "1"},
     ]
-    rows += [
-        {"question": "b?", "answer": "1", "solution": "it is 1"},
-        {"question": "c?", "answer": "1"},
-    ]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "h.jsonl").write_text(
-        '{"id": "d-4", "hint": {"look": ["the top"]}}\n{"id": "other", "hint": null}\n'
-    )
+    write_lines(folder / "d.jsonl", rows)
+    inputs = read(data="d.jsonl", eval_data="d.jsonl", skip_bad=True, max_prompt=60)
+    assert [question.id for question in inputs.stream.questions] == ["d-1"]
+    assert inputs.note.splitlines()[1] == "left out: 2 questions with a prompt above 60 tokens"
+    assert inputs.note.count("\nleft out: d.jsonl:2: no answer") == 2
 
-    def read(**settings):
-        config = train.TrainConfig(
-            model=EMBEDDED,
-            data="d.jsonl",
-            name="x",
-            eval_questions=1,
-            max_hint_tokens=30,
-            **settings,
-        )
-        questions, _, note, *_ = inputs.read_inputs(config, 1)
-        return [s.hint for s in questions.samples], note
 
-    left = Hint(steps=("count the left ones",))
-    got, note = read()
-    assert got == [None, left, None, None, None]
+HINTED = [
+    {"question": "How many?", "answer": "7", "hint": "count to 7"},
+    {"question": "How many?", "answer": "7", "hint": "count the left ones"},
+    {"question": "How many?", "answer": "7", "hint": "read " * 40},
+    {"question": "b?", "answer": "1", "solution": "it is 1"},
+    {"question": "c?", "answer": "1"},
+]
+LEFT = Hint(steps=("count the left ones",))
+
+
+def read_hinted(folder, **settings):
+    """The hints that are left to the questions of HINTED, and the note."""
+    write_lines(folder / "d.jsonl", HINTED)
+    inputs = read(data="d.jsonl", max_hint_tokens=30, **settings)
+    return [question.hint for question in inputs.stream.questions], inputs.note
+
+
+def test_unusable_hints_are_dropped_and_counted(folder):
+    hints, note = read_hinted(folder)
+    assert hints == [None, LEFT, None, None, None]
     assert note == (
-        "questions: 5 from d.jsonl; 1 with a hint, 1 hints dropped (spoilers; first: d-1), 1 hints dropped (too long; first: d-3); "
-        "4 are never tutored, for want of a hint"
+        "questions: 5 from d.jsonl; 1 with a hint, 1 hints dropped (spoilers; first: d-1), "
+        "1 hints dropped (too long; first: d-3); 4 are never tutored, for want of a hint"
     )
-    got, note = read(hints="h.jsonl")
-    assert (
-        got == [None, left, None, Hint(look=("the top",)), None]
-        and "2 with a hint" in note
-        and "1 lines of h.jsonl belong to no question here" in note
-    )
+
+
+def test_a_hints_file_is_joined_and_its_strangers_are_counted(folder):
+    lines = [{"id": "d-4", "hint": {"look": ["the top"]}}, {"id": "other", "hint": None}]
+    write_lines(folder / "h.jsonl", lines)
+    hints, note = read_hinted(folder, hints="h.jsonl")
+    assert hints == [None, LEFT, None, Hint(look=("the top",)), None]
+    assert "2 with a hint" in note
     assert note.endswith(
         "1 lines of h.jsonl belong to no question here; 3 are never tutored, for want of a hint"
     )
-    assert read(eval_data="d.jsonl")[1].endswith(
-        "\nleft out: 2 unusable hints of held-out questions"
-    )
-    assert "4 are never tutored, for want of a solution" in read(teacher_context="solution")[1]
-    assert "never tutored" not in read(teacher_context="answer")[1]
 
 
-def test_prompt_lengths_without_decoding(base):
-    samples = world.puzzles("tune", 2)
-    samples[1].images = [Image.new("RGB", (200, 90)), Image.new("L", (56, 56))]
-    for sample, prompt in zip(
-        samples, encode_prompts(base[1], samples, [student_messages(s) for s in samples])
-    ):
-        assert prompt_tokens(base[1], sample) == len(prompt.ids)
+def test_unusable_hints_of_held_out_questions_are_counted_apart(folder):
+    _, note = read_hinted(folder, eval_data="d.jsonl")
+    assert note.endswith("\nleft out: 2 unusable hints of held-out questions")
+
+
+def test_the_note_says_who_is_never_tutored_under_another_context(folder):
+    _, note = read_hinted(folder, teacher_context="solution")
+    assert "4 are never tutored, for want of a solution" in note
+    _, note = read_hinted(folder, teacher_context="answer")
+    assert "never tutored" not in note
+
+
+def test_prompt_lengths_without_decoding(base, tmp_path):
+    questions = world.puzzles("tune", 3)
+    Image.new("RGB", (84, 140)).save(tmp_path / "a.png")
+    questions[1].images = [Image.new("RGB", (200, 90)), Image.new("L", (56, 56))]
+    questions[2].images = [tmp_path / "a.png", str(tmp_path / "a.png")]
+    for question, prompt in zip(questions, student_prompts(base[1], questions), strict=True):
+        assert prompt_tokens(base[1], question) == len(prompt.ids)

@@ -17,7 +17,6 @@ from losses import (
     entropy,
     full_jsd,
     k3_kl,
-    masked_mean,
     policy_loss,
     scores_from_hidden,
     token_log_probs,
@@ -556,24 +555,6 @@ def test_weighted_sums_of_micro_batches_add_up():
         whole = weighted_sum(values, mask, weights)
         parts = zip(values.split(4), mask.split(4), weights.split(4), strict=True)
         torch.testing.assert_close(sum(weighted_sum(*part) for part in parts), whole)
-
-
-def test_aggregations_by_denominator():
-    x = torch.tensor([[1.0, 2.0, 6.0], [4.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert masked_mean(x, mask).item() == 13 / 4  # token mean
-    of_sequences = masked_mean(x, mask, 2 * mask.sum(1, keepdim=True))
-    assert of_sequences.item() == (9 / 3 + 4) / 2  # mean of the sequences' means
-    assert masked_mean(x, mask, 2 * 10).item() == pytest.approx(13 / 20)  # a fixed length of 10
-
-
-def test_masked_mean():
-    x = torch.tensor([1.0, 2.0, math.nan], requires_grad=True)
-    assert masked_mean(x, torch.tensor([True, True, False])).item() == 1.5
-    assert masked_mean(x, torch.tensor([True, True, False]), 6).item() == 0.5
-    empty = masked_mean(x, torch.zeros(3, dtype=torch.bool))
-    empty.backward()
-    assert empty.item() == 0 and torch.equal(x.grad, torch.zeros(3))
 
 
 # ------------------------------------------------------------- KL estimate, entropy, the whole file

@@ -1,5 +1,6 @@
 """plumbing/memory.py: predictions against the tensors' own sizes."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -8,9 +9,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from losses import chunk_tokens, scores_from_hidden
-from plumbing.memory import scores_bytes, sequence_bytes
-from rollout import encode_prompts, pad_prompts, prefill, student_messages
+from plumbing import settings
+from plumbing.memory import (
+    batch_tokens,
+    micro_batches,
+    plan,
+    plan_table,
+    scores_bytes,
+    sequence_bytes,
+)
+from rollout import (
+    Prompt,
+    Question,
+    Response,
+    encode_prompts,
+    pad_prompts,
+    prefill,
+    student_messages,
+)
 from toy import world
+from train import TrainConfig
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,8 +108,194 @@ def test_vocabulary_sized_tensors_stay_within_the_budget_however_many_tokens():
 
 def test_sequence_bytes_is_the_cache_s_size(tiny):
     model, processor = tiny
-    puzzles = world.puzzles("tune", 1)
-    prompt = encode_prompts(processor, puzzles, [student_messages(puzzles[0])])[0]
-    cache = prefill(model, pad_prompts([prompt], 0), torch.tensor([0, 0, 0]))[1]
+    [question] = world.puzzles("tune", 1)
+    [prompt] = encode_prompts(processor, [question], [student_messages(question)])
+    _, cache, _, _ = prefill(model, pad_prompts([prompt], 0), torch.tensor([0, 0, 0]))
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert size == 3 * (sequence_bytes(model, len(prompt.ids)) - sequence_bytes(model, 0))
+
+
+def test_sequence_bytes_counts_a_few_copies_of_the_logits(tiny):
+    model, processor = tiny
+    logits = 4 * model.get_output_embeddings().weight.shape[0]
+    assert 3 * logits <= sequence_bytes(model, 0) <= 10 * logits
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+def prompt(question_id, length):
+    ids = torch.zeros(length, dtype=torch.long)
+    return Prompt(Question(question_id, "?", "1", []), ids, ids, None, None)
+
+
+def group(prompt, lengths, tutored=(), teacher_length=0):
+    """Responses of these lengths to one prompt. tutored: which of them are, by a longer prompt."""
+    hinted = prompt_of_teacher(prompt, teacher_length) if teacher_length else None
+    return [
+        Response(prompt, [0] * length, "", False, tutored=i in tutored, teacher_prompt=hinted)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def prompt_of_teacher(prompt, length):
+    ids = torch.zeros(length, dtype=torch.long)
+    return Prompt(prompt.question, ids, ids, None, None)
+
+
+def shapes(batches):
+    """(question, length) of the responses in each batch."""
+    return [[(r.question.id, len(r.ids)) for r in batch] for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "lengths, teacher_length, one_prompt_per_response, tokens",
+    [
+        ([5], 0, False, 10 + 5),
+        ([5, 5], 0, False, 10 + 2 * 5),
+        ([5, 5], 0, True, 2 * 10 + 2 * 5),
+        ([5, 1], 0, False, 10 + 2 * 5),  # padding counts
+        ([5, 5], 14, False, 14 + 2 * 5),  # the teacher's pass is the larger one
+        ([5, 5], 14, True, 2 * 14 + 2 * 5),
+        ([5, 5], 7, False, 10 + 2 * 5),
+    ],
+)
+def test_tokens_of_a_batch(lengths, teacher_length, one_prompt_per_response, tokens):
+    responses = group(prompt("a", 10), lengths, teacher_length=teacher_length)
+    assert batch_tokens(responses, one_prompt_per_response) == tokens
+
+
+def test_prompts_of_a_batch_are_padded_to_the_longest():
+    responses = group(prompt("a", 10), [5, 5]) + group(prompt("b", 12), [3])
+    assert batch_tokens(responses, False) == 2 * 12 + 3 * 5
+    assert batch_tokens(responses, True) == 3 * 12 + 3 * 5
+
+
+@pytest.mark.parametrize("one_prompt_per_response", [False, True])
+@pytest.mark.parametrize("limit", [1, 30, 47, 80, 10_000])
+def test_each_response_is_in_one_batch_within_the_limit(limit, one_prompt_per_response):
+    responses = [
+        *group(prompt("a", 12), [5, 9, 2, 7], tutored=(1, 3), teacher_length=20),
+        *group(prompt("b", 10), [4, 4, 8, 1]),
+        *group(prompt("c", 25), [3, 6, 3, 6], tutored=(0,), teacher_length=33),
+    ]
+    batches = micro_batches(responses, limit, one_prompt_per_response)
+    together = [response for batch in batches for response in batch]
+    assert sorted(map(id, together)) == sorted(map(id, responses))
+    for batch in batches:
+        assert len(batch) == 1 or batch_tokens(batch, one_prompt_per_response) <= limit
+    if limit == 1:
+        assert len(batches) == len(responses), "one that is larger than the limit goes alone"
+    if limit == 10_000:
+        assert len(batches) == 1
+
+
+def test_a_question_s_responses_stay_together_and_like_lengths_are_near_each_other():
+    a, b, c = prompt("a", 10), prompt("b", 20), prompt("c", 10)
+    one, two, three = group(b, [1, 2]), group(a, [3, 4]), group(c, [5, 6])
+    mixed = [one[0], two[0], three[0], one[1], two[1], three[1]]
+    assert shapes(micro_batches(mixed, 24, False)) == [
+        [("a", 3), ("a", 4)],
+        [("c", 5), ("c", 6)],
+        [("b", 1), ("b", 2)],
+    ]
+
+
+def test_tutored_responses_stay_together():
+    responses = group(prompt("a", 10), [5, 6, 7, 8], tutored=(1, 3))
+    assert shapes(micro_batches(responses, 26, False)) == [
+        [("a", 6), ("a", 8)],
+        [("a", 5), ("a", 7)],
+    ]
+
+
+def test_one_prompt_per_response_makes_smaller_batches():
+    responses = group(prompt("a", 10), [5] * 4)
+    assert [len(batch) for batch in micro_batches(responses, 30, False)] == [4]
+    assert [len(batch) for batch in micro_batches(responses, 30, True)] == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------- --plan
+GIB = 2**30
+
+
+def size(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+@pytest.fixture
+def sizes(base):
+    """Parameters of the embedded model: all, of its vision tower, of one of its layers."""
+    model = base[0].model
+    whole, tower = size(base[0].parameters()), size(model.visual.parameters())
+    return whole, tower, size(model.language_model.layers[0].parameters())
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_plan_of_one_gpu_in_float32(sizes, train_vision):
+    whole, tower, _ = sizes
+    parts = plan(TrainConfig(train_vision=train_vision), 1, bf16=False)
+    trained = whole if train_vision else whole - tower
+    assert parts["weights"] * GIB == 4 * whole
+    assert parts["reference"] * GIB == 4 * whole
+    assert parts["gradients"] * GIB == 4 * trained
+    assert parts["AdamW"] * GIB == 8 * trained
+    assert parts["bf16 copies"] == 0
+
+
+def test_plan_of_several_gpus_shards_what_is_kept_and_not_what_is_computed(sizes):
+    whole, _, layer = sizes
+    config = TrainConfig(train_vision=True)
+    one, four = plan(config, 1, bf16=True), plan(config, 4, bf16=True)
+    for name in ("weights", "AdamW", "reference", "gradients"):
+        assert four[name] == one[name] / 4
+    for name in ("activations", "logits, head"):
+        assert four[name] == one[name]
+    assert one["reference"] * GIB == 2 * whole
+    assert one["bf16 copies"] * GIB == 2 * whole
+    layers = 3
+    assert four["bf16 copies"] * GIB == 2 * (whole - (layers - 2) * layer), "two layers are whole"
+    assert one["caches, sampling"] * GIB == config.sample_mb * 2**20 + 2 * whole
+    assert four["caches, sampling"] == one["caches, sampling"]
+
+
+def test_plan_of_lora_counts_adapters_and_no_reference(sizes, monkeypatch):
+    monkeypatch.setattr(settings, "find_spec", lambda package: True)
+    whole, _, _ = sizes
+    parts = plan(TrainConfig(lora=4), 1, bf16=True)
+    # hidden size 128, intermediate size 256: four projections of attention and three of the MLP
+    per_layer = 4 * 4 * (128 + 128) + 3 * 4 * (128 + 256)
+    assert parts["weights"] * GIB == 2 * whole + 4 * 3 * per_layer
+    assert parts["AdamW"] * GIB == 8 * 3 * per_layer
+    assert parts["gradients"] * GIB == 4 * 3 * per_layer
+    assert parts["reference"] == 0
+    assert parts["bf16 copies"] == 0
+
+
+def test_plan_takes_the_settings_that_bound_memory():
+    config = TrainConfig(micro_tokens=100, jsd_k=7, logits_mb=3)
+    parts = plan(config, 1, bf16=False)
+    twice = plan(dataclasses.replace(config, micro_tokens=200), 1, bf16=False)
+    assert twice["activations"] == 2 * parts["activations"]
+    expected = scores_bytes(100, 128, 100, k=7, logits_mb=3, dtype=torch.float32, train_head=True)
+    assert parts["logits, head"] * GIB == expected
+    recomputed = dataclasses.replace(config, gradient_checkpointing=True)
+    assert plan(recomputed, 1, bf16=False)["activations"] < parts["activations"]
+    assert plan(config, 1, bf16=True)["activations"] < parts["activations"]
+
+
+@pytest.mark.parametrize("sample_mb", [1, 10**6])
+def test_the_peak_is_the_larger_of_updating_and_sampling(sample_mb):
+    parts = plan(TrainConfig(sample_mb=sample_mb), 1, bf16=False)
+    peak, caches = parts.pop("peak"), parts.pop("caches, sampling")
+    standing = parts["weights"] + parts["AdamW"] + parts["reference"]
+    assert peak == pytest.approx(max(sum(parts.values()), standing + caches))
+    assert (peak == pytest.approx(standing + caches)) == (sample_mb > 1)
+
+
+@pytest.mark.parametrize("gpus, title", [(1, "each of 1 GPU:"), (8, "each of 8 GPUs, sharded:")])
+def test_the_plan_s_table_has_a_line_for_each_part(gpus, title):
+    parts = plan(TrainConfig(), gpus, bf16=True)
+    lines = plan_table(parts, gpus).splitlines()
+    assert lines[0] == f"predicted memory, {title}"
+    assert len(lines) == 1 + len(parts)
+    for line, (name, value) in zip(lines[1:], parts.items(), strict=True):
+        assert line.startswith(f"{name:20s}{value:8.1f} GiB")

@@ -1,175 +1,180 @@
 """plumbing/page.py: the page shows what the loss sees, and reads nothing from the data as HTML."""
 
+import contextlib
+import io
 import json
+import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, plain_logits, write_jsonl
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import train
 from hints import teacher_messages
 from losses import topk_jsd
-from plumbing.answers import load_verifier
 from plumbing.data import load_questions
-from plumbing.images import load_processor
+from plumbing.inputs import read_inputs
 from plumbing.page import explain
 from plumbing.settings import EMBEDDED
-from rollout import banned_tokens, encode_prompts, sample_groups, student_messages
+from rollout import banned_tokens, encode_prompts, sample_groups, student_messages, verify
 from toy import world
+from toy.settings import SETTINGS
+
+SCRIPT = '<script id="data" type="application/json">'
 
 
-def page_data(path):
-    html = path.read_text()
-    return html, json.loads(
-        html.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
-    )
+def read_page(run):
+    """The page's text, and the data inside it."""
+    html = (run / "report.html").read_text()
+    data = html.partition(SCRIPT)[2].partition("</script>")[0]
+    return html, json.loads(data)
 
 
-def test_the_page_shows_the_finished_run(tmp_path, monkeypatch, capsys):
-    """Text, divergence and likeliest tokens are those that the loss sees; the same page again from the folder alone."""
-    monkeypatch.chdir(tmp_path)
-    train.main([*TINY, "--name", "t", "--report"])
-    run = tmp_path / "runs" / "t"
-    assert "a page to look at: runs/t/report.html" in capsys.readouterr().out
-    html, data = page_data(run / "report.html")
-    assert [q["id"] for q in data["questions"]] == [
-        f"puzzle-{10**9 + i}" for i in range(6)
-    ] and "://" not in html
-    first = world.puzzles("heldout", 1)[0]
-    question = data["questions"][0]
-    assert (
-        question["hint"]["look"] == list(first.hint.look)
-        and len(question["before"]) == len(question["after"]) == 4
-    )
-    assert (
-        question["images"][0]["boxes"] == [[x / 112 for x in box] for box in first.boxes[0]]
-        and question["before"] != question["after"]
-    )
-    models = {
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with its page: run (its folder), html, data, out (what was printed)."""
+    folder = tmp_path_factory.mktemp("page")
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        train.main([*TINY, "--name", "t", "--report"])
+    run = folder / "runs" / "t"
+    html, data = read_page(run)
+    return SimpleNamespace(run=run, html=html, data=data, out=out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def models(finished):
+    """name -> the model before and after the run."""
+    paths = {"before": EMBEDDED, "after": finished.run / "model"}
+    return {
         name: AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-        for name, path in (("before", EMBEDDED), ("after", run / "model"))
+        for name, path in paths.items()
     }
-    processor = load_processor(EMBEDDED)
-    plain, hinted = encode_prompts(
-        processor, [first] * 2, [student_messages(first), teacher_messages(first)]
-    )
-    for name, model in models.items():
-        [group] = sample_groups(model, processor, [first], [plain], 4, max_new_tokens=48)
-        for shown, rollout in zip(question[name], group):
-            texts, jsd, student, teacher = zip(*shown["tokens"])
-            assert shown["more"] == 0
-            assert (
-                "".join(texts) == processor.tokenizer.decode(rollout.ids)
-                and shown["truncated"] == rollout.truncated
-            )
-            assert shown["correct"] == load_verifier("rules")(rollout.text, first.answer)
-            logits = []
-            for m, prompt in (
-                (model, plain),
-                (models["before"], hinted),
-            ):  # without any of the machinery: one whole sequence
-                ids = torch.cat([prompt.ids, torch.tensor(rollout.ids)])[None]
-                types = torch.cat([prompt.types, torch.zeros(len(rollout.ids), dtype=torch.long)])[
-                    None
-                ]
-                with torch.no_grad():
-                    z = m(
-                        input_ids=ids,
-                        mm_token_type_ids=types,
-                        pixel_values=prompt.pixels,
-                        image_grid_thw=prompt.grid,
-                    ).logits[0, len(prompt.ids) - 1 : -1]
-                logits.append(
-                    z.index_fill(
-                        -1, torch.tensor(banned_tokens(m, processor.tokenizer)), -torch.inf
-                    )
-                )
-            torch.testing.assert_close(
-                torch.tensor(jsd), topk_jsd(*logits, 20), atol=2e-4, rtol=1e-3
-            )
-            assert not {
-                processor.tokenizer.decode([i]) for i in banned_tokens(model, processor.tokenizer)
-            } & {text for top in student for text, _ in top}
-            for tops, z in zip((student, teacher), logits):
-                for top, p in zip(tops, z.softmax(-1)):
-                    assert (
-                        top[0][0] == processor.tokenizer.decode([p.argmax()])
-                        and abs(top[0][1] - p.max()) < 1e-3
-                        and len(top) == 5
-                    )
-    [cut] = explain(
-        models["after"], models["before"], processor, *train.parse_args([])[:2], first, 1, most=9
-    )
-    assert [t[0] for t in cut["tokens"]] == [
-        t[0] for t in question["after"][0]["tokens"][:9]
-    ] and cut["more"] == len(question["after"][0]["tokens"]) - 9
-    before = sorted(run.rglob("*"))
-    (run / "report.html").unlink()
-    train.main(["--report", str(run)])
-    assert page_data(run / "report.html")[1] == data and sorted(run.rglob("*")) == before
-    shutil.rmtree(run / "model")
-    for argv, message in (
-        (["--report", str(run)], "there is no trained model in it"),
-        (["--report", str(run), "--lr", "1"], "--lr cannot stand beside --report"),
-        (["--report", "gone"], "--report gone: no config.json"),
+
+
+# ------------------------------------------------------------------------------ what the page shows
+def test_the_page_shows_the_held_out_questions(finished):
+    assert "a page to look at: runs/t/report.html" in finished.out
+    assert "://" not in finished.html  # nothing comes from the network
+    shown = finished.data["questions"]
+    assert [entry["id"] for entry in shown] == [f"puzzle-{10**9 + i}" for i in range(6)]
+    [puzzle], entry = world.puzzles("heldout", 1), shown[0]
+    assert entry["hint"]["look"] == list(puzzle.hint.look)
+    boxes = [[x / 112 for x in box] for box in puzzle.boxes[0]]
+    assert entry["images"][0]["boxes"] == boxes
+    assert len(entry["before"]) == len(entry["after"]) == 4
+    assert entry["before"] != entry["after"]
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_the_page_shows_what_the_loss_sees(finished, models, base, name):
+    """Texts, verdicts, divergences and likeliest tokens, against whole sequences alone."""
+    processor, model = base[1], models[name]
+    tokenizer, banned = processor.tokenizer, banned_tokens(model, base[1].tokenizer)
+    [puzzle] = world.puzzles("heldout", 1)
+    chats = [student_messages(puzzle), teacher_messages(puzzle)]
+    plain, hinted = encode_prompts(processor, [puzzle] * 2, chats)
+    [group] = sample_groups(model, processor, [plain], 4, max_new_tokens=48)
+    banned_texts = {tokenizer.decode([i]) for i in banned}
+    for shown, response in zip(finished.data["questions"][0][name], group, strict=True):
+        texts, jsd, student, teacher = zip(*shown["tokens"], strict=True)
+        assert shown["more"] == 0
+        assert "".join(texts) == tokenizer.decode(response.ids)
+        assert shown["truncated"] == response.truncated
+        assert shown["correct"] == verify(response.text, puzzle)
+        assert not banned_texts & {text for likeliest in student for text, _ in likeliest}
+        with torch.no_grad():
+            student_logits = plain_logits(model, plain, response.ids, banned)
+            teacher_logits = plain_logits(models["before"], hinted, response.ids, banned)
+        expected = topk_jsd(student_logits, teacher_logits, 20)
+        torch.testing.assert_close(torch.tensor(jsd), expected, atol=2e-4, rtol=1e-3)
+        assert_likeliest(student, student_logits, tokenizer)
+        assert_likeliest(teacher, teacher_logits, tokenizer)
+
+
+def assert_likeliest(shown, logits, tokenizer):
+    """Five tokens per place, the likeliest one first, with its probability."""
+    for likeliest, p in zip(shown, logits.softmax(-1), strict=True):
+        text, probability = likeliest[0]
+        assert text == tokenizer.decode([p.argmax()])
+        assert abs(probability - p.max()) < 1e-3
+        assert len(likeliest) == 5
+
+
+def test_a_long_response_is_cut(finished, models):
+    config = train.TrainConfig(**SETTINGS)
+    inputs = read_inputs(config, world, 1)
+    [puzzle] = world.puzzles("heldout", 1)
+    [cut] = explain(models["after"], models["before"], inputs, config, puzzle, 1, longest=9)
+    whole = finished.data["questions"][0]["after"][0]["tokens"]
+    assert [token[0] for token in cut["tokens"]] == [token[0] for token in whole[:9]]
+    assert cut["more"] == len(whole) - 9
+
+
+# ----------------------------------------------------------------------------------- a finished run
+def test_the_same_page_from_the_folder_alone(finished):
+    before = sorted(finished.run.rglob("*"))
+    (finished.run / "report.html").unlink()
+    train.main(["--report", str(finished.run)])
+    assert read_page(finished.run)[1] == finished.data
+    assert sorted(finished.run.rglob("*")) == before
+
+
+def test_a_page_that_cannot_be_made_is_refused(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished.run, tmp_path / "t", ignore=shutil.ignore_patterns("model"))
+    for options, message in (
+        ([str(copy)], "there is no trained model in it"),
+        ([str(copy), "--lr", "1"], "--lr cannot stand beside --report"),
+        (["gone"], "--report gone: no config.json"),
     ):
         with pytest.raises(SystemExit):
-            train.main(argv)
+            train.main(["--report", *options])
         assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- data of others
+HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>"
+ROWS = [
+    {"id": HOSTILE, "question": f"How many? {HOSTILE}", "answer": "1", "image": "a.png"},
+    {
+        "id": "2",
+        "question": "And here?",
+        "answer": "2",
+        "image": "a.png",
+        "hint": {"look": [HOSTILE]},
+        "boxes": [[[0, 0, 450, 225]]],
+    },
+]
 
 
 def test_the_page_reads_nothing_from_the_data_as_html(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bad = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>"
     Image.new("RGB", (900, 450), "red").save("a.png")
-    rows = [
-        {"id": bad, "question": f"How many? {bad}", "answer": "1", "image": "a.png"},
-        {
-            "id": "2",
-            "question": "And here?",
-            "answer": "2",
-            "image": "a.png",
-            "hint": {"look": [bad]},
-            "boxes": [[[0, 0, 450, 225]]],
-        },
-    ]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train.main(
-        [
-            *TINY,
-            "--steps",
-            "1",
-            "--name",
-            "t",
-            "--data",
-            "d.jsonl",
-            "--eval-data",
-            "d.jsonl",
-            "--max-new-tokens",
-            "8",
-            "--report",
-        ]
-    )
-    html, data = page_data(tmp_path / "runs" / "t" / "report.html")
-    assert (
-        html.count("<script") == 2 == html.count("</script")
-        and "<img" not in html
-        and "<!--" not in html
-    )
-    assert [q["id"] for q in data["questions"]] == ["2", bad] and data["questions"][0]["hint"][
-        "look"
-    ] == [bad]  # hinted ones first
-    assert (
-        data["questions"][0]["images"][0]["boxes"] == [[0, 0, 0.5, 0.5]]
-        and data["questions"][0]["images"][0]["width"] == 448
-    )
-    assert all(
-        token[3] is None and token[1] == 0 for token in data["questions"][1]["before"][0]["tokens"]
-    )  # no hint: no teacher
-    rows[1]["boxes"] = [[0, 0, 450, 225]]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    options = "--steps 1 --name t --data d.jsonl --eval-data d.jsonl --max-new-tokens 8 --report"
+    train.main([*TINY, *shlex.split(options)])
+    html, data = read_page(tmp_path / "runs" / "t")
+    assert html.count("<script") == html.count("</script") == 2
+    assert "<img" not in html
+    assert "<!--" not in html
+    hinted, plain = data["questions"]  # hinted ones first
+    assert (hinted["id"], plain["id"]) == ("2", HOSTILE)
+    assert hinted["hint"]["look"] == [HOSTILE]
+    [image] = hinted["images"]
+    assert image["boxes"] == [[0, 0, 0.5, 0.5]]
+    assert image["width"] == 448
+    for _, divergence, _, teacher in plain["before"][0]["tokens"]:  # no hint: no teacher
+        assert divergence == 0
+        assert teacher is None
+
+
+def test_boxes_that_are_not_one_list_per_image_are_refused(tmp_path):
+    Image.new("RGB", (900, 450), "red").save(tmp_path / "a.png")
+    write_jsonl(tmp_path / "d.jsonl", [ROWS[0], {**ROWS[1], "boxes": [[0, 0, 450, 225]]}])
     with pytest.raises(ValueError, match="d.jsonl:2: field 'boxes'"):
-        load_questions("d.jsonl")
+        load_questions(str(tmp_path / "d.jsonl"))

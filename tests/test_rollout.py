@@ -1,322 +1,499 @@
-"""rollout.py: reading, prompts, sampling, the verifier, padding."""
+"""rollout.py: chats, prompts, batches, sampling, verification and reward."""
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 import rollout
-from hints import teacher_messages
 from losses import scores_from_hidden
 from plumbing.memory import sequence_bytes
 from rollout import (
     FORMAT_PROMPT,
     Question,
     banned_tokens,
+    chat,
     collate,
     encode_prompts,
     eos_tokens,
     pad_prompts,
+    respond_in_parts,
     response_states,
     reward,
     sample_groups,
     student_messages,
+    verify,
 )
 from toy import world
 
 
-# ---------------------------------------------------------------------------------------------------------------- prompts
-def test_images_stand_where_the_marks_are():
-    content = student_messages(Question("a", "See <image> and <image> now", "1", ["x", "y"]))[0][
-        "content"
-    ]
-    assert [c["type"] for c in content] == ["text", "image", "text", "image", "text"]
-    assert content[-1]["text"] == f" now\n{FORMAT_PROMPT}"
-    assert [
-        c["type"] for c in student_messages(Question("a", "See", "1", ["x", "y"]))[0]["content"]
-    ] == ["image", "image", "text"]
+def student_prompts(processor, questions):
+    """The prompts that the student gets."""
+    return encode_prompts(processor, questions, [student_messages(q) for q in questions])
 
 
-def test_response_states_are_those_of_each_response_alone(base):
-    """Prompts of different lengths, one and two images, two responses on one prompt: together, prompts run once and padded, and alone in
-    one plain forward pass."""
-    model, processor = base
-    a, b = world.puzzles("heldout", 2)
+def mixed_questions():
+    """Questions with one image, with two of different sizes, without any, and with one again."""
+    one, other = world.puzzles("heldout", 2)
     two = Question(
-        "two",
-        "How many points are in the star row?",
-        "3",
-        [a.images[0], b.images[0].resize((84, 56))],
+        id="two",
+        text="How many points are in the star row?",
+        answer="3",
+        images=[one.images[0], other.images[0].resize((84, 56))],
     )
-    x, y, z = encode_prompts(
-        processor, [a, two, b], [teacher_messages(a), student_messages(two), student_messages(b)]
+    none = Question("text", "Which row is the star in?", "top", images=[])
+    return [one, two, none, other]
+
+
+# -------------------------------------------------------------------------------------------- chats
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("See", ["image", "image", "text"]),
+        ("See <image> and <image> now", ["text", "image", "text", "image", "text"]),
+        ("<image><image>See", ["image", "image", "text"]),
+    ],
+)
+def test_images_stand_first_or_where_the_marks_are(text, parts):
+    [turn] = student_messages(Question("a", text, "1", images=["x", "y"]))
+    assert turn["role"] == "user"
+    assert [part["type"] for part in turn["content"]] == parts
+    assert turn["content"][-1]["text"] == f"{text.rpartition('<image>')[2]}\n{FORMAT_PROMPT}"
+
+
+@pytest.mark.parametrize(
+    "text, images",
+    [
+        ("How high is it?", []),
+        ("How high is it?", ["one.png", "two.png"]),
+        ("In <image>, how high is it?", ["one.png"]),
+    ],
+)
+def test_a_chat_with_privileged_text_differs_from_the_student_s_by_that_text_alone(text, images):
+    question = Question("a", text, "12", images)
+    privileged = "Look at the left bar.\nIgnore the legend."
+    [plain], [told] = student_messages(question), chat(question, privileged)
+    assert told["role"] == plain["role"]
+    assert told["content"][:-1] == plain["content"][:-1]
+    plain_text, told_text = plain["content"][-1]["text"], told["content"][-1]["text"]
+    assert told_text.endswith(f"\n{privileged}\n{FORMAT_PROMPT}")
+    assert told_text.replace(f"{privileged}\n", "") == plain_text
+    assert chat(question) == student_messages(question)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+def test_an_encoded_prompt_holds_its_question_and_its_images(base):
+    questions = mixed_questions()
+    prompts = student_prompts(base[1], questions)
+    assert all(
+        prompt.question is question for prompt, question in zip(prompts, questions, strict=True)
     )
-    prompts, responses = [x, y, x, z], [[30, 31, 32], [33], [34, 35, 36, 37, 38], [39, 40]]
-    batch = collate(prompts, responses, processor.tokenizer.pad_token_id)
+    assert [int(prompt.types.sum()) for prompt in prompts] == [16, 22, 0, 16]
+    assert [prompt.pixels is None for prompt in prompts] == [False, False, True, False]
+
+
+def test_padded_prompts_end_in_the_last_column(base):
+    prompts = student_prompts(base[1], mixed_questions())
+    inputs = pad_prompts(prompts, base[1].tokenizer.pad_token_id)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt.ids)
+        assert torch.equal(inputs["input_ids"][row, start:], prompt.ids)
+        assert torch.equal(inputs["mm_token_type_ids"][row, start:], prompt.types)
+        assert inputs["attention_mask"][row].tolist() == [0] * start + [1] * len(prompt.ids)
+    assert len(inputs["image_grid_thw"]) == 4
+
+
+# ----------------------------------------------------------------------- responses on their prompts
+RESPONSES = [[30, 31, 32], [33], [34, 35, 36, 37, 38], [39, 40]]
+
+
+def prompts_of_responses(processor):
+    """One prompt for each of RESPONSES. The first and the third have the same one, with a hint."""
+    one, two, _, other = mixed_questions()
+    chats = [chat(one, one.hint.render()), student_messages(two), student_messages(other)]
+    hinted, with_two_images, plain = encode_prompts(processor, [one, two, other], chats)
+    return [hinted, with_two_images, hinted, plain]
+
+
+def states_alone(model, prompt, response):
+    """The states (T, H) that predict a response, by one plain forward pass over it alone."""
+    types = torch.cat([prompt.types, torch.zeros(len(response), dtype=torch.long)])
+    out = model.model(
+        input_ids=torch.cat([prompt.ids, torch.tensor(response)]).unsqueeze(0),
+        mm_token_type_ids=types.unsqueeze(0),
+        pixel_values=prompt.pixels,
+        image_grid_thw=prompt.grid,
+    )
+    return out.last_hidden_state[0, -len(response) - 1 : -1]
+
+
+def test_collate_masks_by_length_and_holds_a_shared_prompt_once(base):
+    prompts = prompts_of_responses(base[1])
+    batch = collate(prompts, RESPONSES, pad_id=base[1].tokenizer.pad_token_id)
     assert batch.mask.tolist() == [
         [True] * 3 + [False] * 2,
         [True] + [False] * 4,
         [True] * 5,
         [True] * 2 + [False] * 3,
     ]
-    assert batch.rows.tolist() == [0, 1, 0, 2] and len(batch.prompts["input_ids"]) == 3
-    apart = collate(prompts, responses, processor.tokenizer.pad_token_id, apart=True)
-    assert apart.rows.tolist() == [0, 1, 2, 3] and len(apart.prompts["input_ids"]) == 4
-    with torch.no_grad():
-        states = response_states(model, batch)
-        torch.testing.assert_close(
-            response_states(model, apart)[batch.mask], states[batch.mask], rtol=1e-4, atol=1e-4
-        )
-        for i, (prompt, response) in enumerate(zip(prompts, responses)):
-            n, row = len(response), torch.cat([prompt.ids, torch.tensor(response)])[None]
-            types = torch.cat([prompt.types, torch.zeros(n, dtype=torch.long)])[None]
-            alone = model.model(
-                input_ids=row,
-                mm_token_type_ids=types,
-                pixel_values=prompt.pixels,
-                image_grid_thw=prompt.grid,
-            )
-            torch.testing.assert_close(
-                states[i, :n], alone.last_hidden_state[0, -n - 1 : -1], rtol=1e-4, atol=1e-4
-            )
+    assert batch.prompt_of.tolist() == [0, 1, 0, 2]
+    assert len(batch.prompts["input_ids"]) == 3
+    whole = collate(prompts, RESPONSES, 0, one_prompt_per_response=True)
+    assert whole.prompt_of.tolist() == [0, 1, 2, 3]
+    assert len(whole.prompts["input_ids"]) == 4
 
 
+def test_the_mask_keeps_an_eos_that_is_the_pad_token(base):
+    prompts = student_prompts(base[1], mixed_questions()[:2])
+    batch = collate(prompts, [[30, 7], [30, 31, 32]], pad_id=7)
+    assert batch.ids.tolist() == [[30, 7, 7], [30, 31, 32]]
+    assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+@torch.no_grad()
+def test_response_states_are_those_of_each_response_alone(base):
+    """Prompts of different lengths, with one and two images, two responses on one prompt.
+
+    Together, where prompts run once and are padded, as whole sequences, and each alone.
+    """
+    model, processor = base
+    prompts = prompts_of_responses(processor)
+    pad = processor.tokenizer.pad_token_id
+    batch = collate(prompts, RESPONSES, pad)
+    whole = collate(prompts, RESPONSES, pad, one_prompt_per_response=True)
+    states, whole_states = response_states(model, batch), response_states(model, whole)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(whole_states[batch.mask], states[batch.mask], **close)
+    for row, prompt, response in zip(states, prompts, RESPONSES, strict=True):
+        alone = states_alone(model, prompt, response)
+        torch.testing.assert_close(row[: len(response)], alone, **close)
+
+
+@torch.no_grad()
 def test_text_only_after_images_does_not_use_stale_positions(base):
     model, processor = base
-    text = Question("text", "Which row is the star in?", "top", [])
-    response_states(
-        model,
-        collate(
-            encode_prompts(processor, (s := world.puzzles("heldout", 1)), [student_messages(s[0])]),
-            [[30, 31]],
-            0,
-        ),
-    )
-    prompt = encode_prompts(processor, [text], [student_messages(text)])[0]
-    with torch.no_grad():
-        states = response_states(model, collate([prompt], [[30, 31, 32]], 0))
-        alone = model.model(
-            input_ids=torch.cat([prompt.ids, torch.tensor([30, 31, 32])])[None]
-        ).last_hidden_state[:, -4:-1]
+    with_image, _, text, _ = student_prompts(processor, mixed_questions())
+    response_states(model, collate([with_image], [[30, 31]], 0))
+    states = response_states(model, collate([text], [[30, 31, 32]], 0))
+    whole = torch.cat([text.ids, torch.tensor([30, 31, 32])]).unsqueeze(0)
+    alone = model.model(input_ids=whole).last_hidden_state[:, -4:-1]
     torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
+SPECIAL = (
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+
+
+def respond(base, questions, group_size, **settings):
+    """Groups of responses to the students' prompts, at most 40 tokens each."""
+    prompts = student_prompts(base[1], questions)
+    return sample_groups(*base, prompts, group_size, max_new_tokens=40, **settings)
+
+
+def ids_of(groups):
+    return [[response.ids for response in group] for group in groups]
+
+
 def test_every_special_token_but_eos_is_banned(base):
     model, processor = base
-    ids = processor.tokenizer.convert_tokens_to_ids
-    banned = banned_tokens(model, processor.tokenizer)
-    assert set(banned) >= {
-        ids(t)
-        for t in (
-            "<|image_pad|>",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|video_pad|>",
-            "<|im_start|>",
-            "<|endoftext|>",
-            "<unk>",
-        )
-    }
-    assert (
-        eos_tokens(model, processor.tokenizer) == [ids("<|im_end|>")]
-        and ids("<|im_end|>") not in banned
-    )
-    assert not {ids(t) for t in ("top", "red", "7", "}", "\\boxed{")} & set(banned)
+    id_of = processor.tokenizer.convert_tokens_to_ids
+    banned = set(banned_tokens(model, processor.tokenizer))
+    assert banned >= set(id_of(list(SPECIAL)))
+    assert eos_tokens(model, processor.tokenizer) == [id_of("<|im_end|>")]
+    assert id_of("<|im_end|>") not in banned
+    assert not banned & set(id_of(["top", "red", "7", "}", "\\boxed{"]))
 
 
-def rollouts(base, samples, n, **settings):
-    prompts = encode_prompts(base[1], samples, [student_messages(s) for s in samples])
-    return sample_groups(*base, samples, prompts, n, max_new_tokens=40, **settings)
+def test_vision_tokens_are_banned_by_the_model_s_config_too(base, monkeypatch):
+    """Whether the tokenizer calls them special or not."""
+    model, processor = base
+    top = processor.tokenizer.convert_tokens_to_ids("top")
+    monkeypatch.setattr(model.config, "image_token_id", top)
+    assert top in banned_tokens(model, processor.tokenizer)
+
+
+def test_rows_of_the_head_beyond_the_tokenizer_are_banned(base, monkeypatch):
+    model, processor = base
+    known = len(processor.tokenizer)
+    padded_head = torch.nn.Linear(1, known + 2)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: padded_head)
+    assert set(banned_tokens(model, processor.tokenizer)) >= {known, known + 1}
+
+
+@pytest.mark.parametrize(
+    "configured, names",
+    [
+        (None, {"<|im_end|>"}),
+        ("<|endoftext|>", {"<|im_end|>", "<|endoftext|>"}),
+        (["<|im_end|>", "<|endoftext|>"], {"<|im_end|>", "<|endoftext|>"}),
+    ],
+)
+def test_all_tokens_that_end_a_response_are_eos_and_none_is_banned(
+    base, monkeypatch, configured, names
+):
+    model, processor = base
+    id_of = processor.tokenizer.convert_tokens_to_ids
+    eos = None if configured is None else id_of(configured)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=eos))
+    assert eos_tokens(model, processor.tokenizer) == sorted(id_of(list(names)))
+    assert not set(id_of(list(names))) & set(banned_tokens(model, processor.tokenizer))
 
 
 def test_sampled_responses_end_with_eos_and_hold_no_banned_token(base):
+    model, processor = base
     torch.manual_seed(0)
-    samples = world.puzzles("heldout", 6)
-    groups = rollouts(base, samples, 4, temperature=3.0)  # hot: every allowed token gets its chance
-    eos = eos_tokens(base[0], base[1].tokenizer)[0]
-    banned = set(banned_tokens(base[0], base[1].tokenizer))
-    assert [len(g) for g in groups] == [4] * 6 and all(
-        r.sample is s for g, s in zip(groups, samples) for r in g
-    )
-    for r in (r for g in groups for r in g):
-        assert not banned & set(r.ids) and eos not in r.ids[:-1]
-        assert r.truncated == (r.ids[-1] != eos) and (not r.truncated or len(r.ids) == 40)
-    assert len({tuple(r.ids) for r in groups[0]}) > 1
+    questions = world.puzzles("heldout", 6)
+    # hot: every allowed token gets its chance
+    groups = respond(base, questions, 4, temperature=3.0)
+    [eos] = eos_tokens(model, processor.tokenizer)
+    banned = set(banned_tokens(model, processor.tokenizer))
+    assert [len(group) for group in groups] == [4] * 6
+    for question, group in zip(questions, groups, strict=True):
+        for response in group:
+            assert response.question is question
+            assert not banned & set(response.ids)
+            assert eos not in response.ids[:-1]
+            assert response.truncated == (response.ids[-1] != eos)
+            assert not response.truncated or len(response.ids) == 40
+    assert len({tuple(response.ids) for response in groups[0]}) > 1
 
 
-def mixed():
-    """Questions with one image, two images of different sizes, and none."""
-    a, b = world.puzzles("heldout", 2)
-    return [
-        a,
-        Question(
-            "two",
-            "How many points are in the star row?",
-            "3",
-            [a.images[0], b.images[0].resize((84, 56))],
-        ),
-        Question("text", "Which row is the star in?", "top", []),
-        b,
-    ]
-
-
-@pytest.mark.parametrize("questions", [[0], [1], [2], [0, 3], [0, 1, 2, 3]])
-def test_greedy_equals_generate_for_each_class(tiny, questions):
-    """Alone, and together in one left-padded batch, against each question's own model.generate."""
+@pytest.mark.parametrize("places", [[0], [1], [2], [0, 3], [0, 1, 2, 3]])
+def test_greedy_equals_generate_for_each_class(tiny, places):
+    """Alone, and together in one left-padded batch, against each question's model.generate."""
     model, processor = tiny
-    samples = [mixed()[i] for i in questions]
-    groups = rollouts(tiny, samples, 2, temperature=0.0)
-    for prompt, group in zip(
-        encode_prompts(processor, samples, [student_messages(s) for s in samples]), groups
-    ):
+    questions = [mixed_questions()[place] for place in places]
+    groups = respond(tiny, questions, 2, temperature=0.0)
+    banned = banned_tokens(model, processor.tokenizer)
+    for prompt, group in zip(student_prompts(processor, questions), groups, strict=True):
         inputs = pad_prompts([prompt], processor.tokenizer.pad_token_id)
-        out = model.generate(
-            **inputs,
-            max_new_tokens=40,
-            do_sample=False,
-            suppress_tokens=banned_tokens(model, processor.tokenizer),
-        )
+        out = model.generate(**inputs, max_new_tokens=40, do_sample=False, suppress_tokens=banned)
         plain = out[0, len(prompt.ids) :].tolist()
         assert len(set(plain)) > 3, "a constant output would prove little"
-        assert all(r.ids == plain[: len(r.ids)] and (len(r.ids) == len(plain)) for r in group)
+        assert [response.ids for response in group] == [plain, plain]
 
 
 def test_greedy_of_the_embedded_model_equals_generate(base):
     """Responses of many lengths: rows leave the batch as they end."""
-    samples = world.puzzles("heldout", 12)
-    own, plain = (
-        rollouts(base, samples, 1, temperature=0.0, generate=how) for how in ("own", "hf")
-    )
-    assert [g[0].ids for g in own] == [g[0].ids for g in plain] and len(
-        {len(g[0].ids) for g in own}
-    ) > 1
-    assert not any(g[0].truncated for g in own) and plain[0][0].logp is None
+    questions = world.puzzles("heldout", 12)
+    own = respond(base, questions, 1, temperature=0.0)
+    plain = respond(base, questions, 1, temperature=0.0, generate="hf")
+    assert ids_of(own) == ids_of(plain)
+    assert len({len(response.ids) for [response] in own}) > 1
+    assert not any(response.truncated for [response] in own)
+    assert plain[0][0].logp is None
 
 
 def test_rows_that_have_ended_leave_the_batch(base, monkeypatch):
-    samples, sizes = world.puzzles("heldout", 12), []
+    questions, sizes = world.puzzles("heldout", 12), []
     forward = base[0].model.forward
-    monkeypatch.setattr(
-        base[0].model,
-        "forward",
-        lambda *args, **more: (sizes.append(len(more["input_ids"])), forward(*args, **more))[1],
-    )
-    lengths = [len(r.ids) for g in rollouts(base, samples, 3, temperature=1.5) for r in g]
+
+    def counted(*args, **inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(base[0].model, "forward", counted)
+    groups = respond(base, questions, 3, temperature=1.5)
+    lengths = [len(ids) for group in ids_of(groups) for ids in group]
     assert sizes[:2] == [12, 36], "each prompt runs once, then its three responses"
     for t, rows in enumerate(sizes[2:], 2):
-        alive = sum(n > t for n in lengths)
+        alive = sum(length > t for length in lengths)
         assert alive <= rows <= max(alive / 0.75, 1), "at most a quarter of the rows is idle"
-    assert len(sizes) == max(lengths) and sizes[-1] < 36
+    assert len(sizes) == max(lengths)
+    assert sizes[-1] < 36
 
 
-@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 1.5}])
-def test_draws_depend_on_the_key_alone(base, how):
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 1.5}])
+def test_draws_depend_on_the_key_alone(base, settings):
     """Not on what is decoded beside a response, nor on torch's global state."""
-    samples = world.puzzles("heldout", 5)
+    questions = world.puzzles("heldout", 5)
 
-    def ids(groups):
-        return [[r.ids for r in g] for g in groups]
+    def ids(asked, group_size=4, **more):
+        return ids_of(respond(base, asked, group_size, **settings, **more))
 
-    model = base[0]
-    together = ids(rollouts(base, samples, 4, **how))
-    one = sequence_bytes(model, 100) / 2**20
+    together = ids(questions)
+    sequence_mb = sequence_bytes(base[0], 100) / 2**20
     torch.manual_seed(99)
-    assert ids(rollouts(base, samples, 4, sample_mb=3 * one, **how)) == together
-    assert ids(rollouts(base, samples[2:4], 4, **how)) == together[2:4]
-    assert [g[:2] for g in together] == ids(rollouts(base, samples, 2, **how))
-    other = ids(rollouts(base, samples, 4, keys=[f"again {i}" for i in range(5)], **how))
-    assert (
-        other != together
-        and ids(rollouts(base, samples, 4, keys=[f"again {i}" for i in range(5)], **how)) == other
-    )
+    assert ids(questions, sample_mb=3 * sequence_mb) == together
+    assert ids(questions[2:4]) == together[2:4]
+    assert ids(questions, group_size=2) == [group[:2] for group in together]
+    keys = [f"again {i}" for i in range(5)]
+    other = ids(questions, keys=keys)
+    assert other != together
+    assert ids(questions, keys=keys) == other
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_scorer_agrees_with_the_sampler(tiny, temperature):
-    """Log-probs of a response by the scorer, prompts padded and run once, against the sampler's own, token by token."""
+    """The scorer's log-probs, token by token, against those that the sampler noted."""
     model, processor = tiny
-    samples = mixed()
-    prompts = encode_prompts(processor, samples, [student_messages(s) for s in samples])
-    flat = [r for g in rollouts(tiny, samples, 2, temperature=temperature) for r in g]
+    groups = respond(tiny, mixed_questions(), 2, temperature=temperature)
+    responses = [response for group in groups for response in group]
     batch = collate(
-        [p for p in prompts for _ in range(2)],
-        [r.ids for r in flat],
+        [response.prompt for response in responses],
+        [response.ids for response in responses],
         processor.tokenizer.pad_token_id,
     )
+    assert len(batch.prompts["input_ids"]) == 4, "prompts run once and are padded"
     with torch.no_grad():
-        states = response_states(model, batch)[batch.mask]
-        logp = scores_from_hidden(
-            states,
+        logp, _, _ = scores_from_hidden(
+            response_states(model, batch)[batch.mask],
             model.get_output_embeddings(),
             batch.ids[batch.mask],
             temperature=temperature,
             banned=torch.tensor(banned_tokens(model, processor.tokenizer)),
-        )[0]
-    own = torch.tensor([x for r in flat for x in r.logp])
-    assert own.std() > 0.3 and (logp - own).abs().max() < 1e-4
+        )
+    own = torch.tensor([value for response in responses for value in response.logp])
+    assert own.std() > 0.3
+    assert (logp - own).abs().max() < 1e-4
 
 
-def test_running_out_of_memory_halves_the_batch_once_and_loses_nothing(base, monkeypatch, capsys):
-    samples = world.puzzles("heldout", 3)
-    whole = [[r.ids for r in g] for g in rollouts(base, samples, 4)]
-    decode, sizes, limit = rollout._decode, [], 8
-
-    def fragile(model, prompts, *args, **more):
-        sizes.append(len(prompts))
-        if len(prompts) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(model, prompts, *args, **more)
-
-    monkeypatch.setattr(rollout, "_decode", fragile)
-    assert [[r.ids for r in g] for g in rollouts(base, samples, 4)] == whole and sizes == [12, 6, 6]
-    assert (
-        "out of memory decoding 12 sequences together; going on with 6" in capsys.readouterr().err
-    )
-    limit = 4
-    with pytest.raises(torch.OutOfMemoryError):
-        rollouts(base, samples, 4)
+def test_the_training_mode_is_restored(base):
+    model, _ = base
+    try:
+        for training in (True, False):
+            model.train(training)
+            respond(base, world.puzzles("heldout", 1), 1)
+            assert model.training is training
+    finally:
+        model.eval()
 
 
-def test_the_model_s_own_generation_settings_do_not_leak_in(base):
-    samples = world.puzzles("heldout", 3)
-    before = [g[0].ids for g in rollouts(base, samples, 1, temperature=0.0)]
-    own = base[0].generation_config
-    base[0].generation_config = GenerationConfig(
+def test_the_model_s_own_generation_settings_do_not_leak_in(base, monkeypatch):
+    model, _ = base
+    questions = world.puzzles("heldout", 3)
+    before = ids_of(respond(base, questions, 1, temperature=0.0))
+    own = model.generation_config
+    strange = GenerationConfig(
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,
         repetition_penalty=5.0,
         top_k=1,
         temperature=0.01,
     )
-    try:
-        assert [g[0].ids for g in rollouts(base, samples, 1, temperature=0.0)] == before
+    monkeypatch.setattr(model, "generation_config", strange)
+    for generate in ("own", "hf"):
         torch.manual_seed(1)
-        assert (
-            len({tuple(r.ids) for r in rollouts(base, samples[:1], 8)[0]}) > 1
-        )  # top_k = 1 would make them equal
-    finally:
-        base[0].generation_config = own
+        greedy = respond(base, questions, 1, temperature=0.0, generate=generate)
+        assert ids_of(greedy) == before
+        [group] = ids_of(respond(base, questions[:1], 8, generate=generate))
+        assert len(set(map(tuple, group))) > 1, "top_k = 1 would make them equal"
 
 
-# ---------------------------------------------------------------------------------------------------- answers and rewards
+# ----------------------------------------------------------------------------- when memory runs out
+def fragile(function, size_of, limit, sizes):
+    """`function`, which notes the size of each call, and runs out of memory above `limit`."""
+
+    def limited(*args, **settings):
+        sizes.append(size_of(*args))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*args, **settings)
+
+    return limited
 
 
-def test_reward():
-    assert reward("\\boxed{7}", True) == 1.0 and reward("\\boxed{7}", False) == 0.0
-    assert reward("\\boxed{7}", False, 0.1) == pytest.approx(0.1) and reward(
-        "answer: 7", True, 0.1
-    ) == pytest.approx(0.9)
-    assert reward("\\boxed{", False, 0.1) == 0.0
-    thought = "so it is</think> \\boxed{7}"
-    assert (
-        reward(thought, True, 0.1, think=True) == 1.0
-        and reward("<think>" + thought, True, 0.1, think=True) == 1.0
-    )
-    for text in (
-        "\\boxed{7}",
-        "\\boxed{7}</think>",
-        "a</think>b</think>\\boxed{7}",
-        "a</think>7",
-        "a<think>b</think>\\boxed{7}",
-    ):
-        assert reward(text, False, 0.1, think=True) == 0.0
+def test_running_out_of_memory_halves_the_batch_once_and_loses_nothing(base, monkeypatch, capsys):
+    questions = world.puzzles("heldout", 3)
+    whole = ids_of(respond(base, questions, 4))
+    decode, sizes = rollout.decode, []
+
+    def row_count(model, prefilled, *args):
+        return len(prefilled[0])
+
+    monkeypatch.setattr(rollout, "decode", fragile(decode, row_count, 8, sizes))
+    assert ids_of(respond(base, questions, 4)) == whole
+    assert sizes == [12, 6, 6]
+    message = "out of memory decoding 12 sequences together; going on with 6"
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr(rollout, "decode", fragile(decode, row_count, 4, sizes))
+    with pytest.raises(torch.OutOfMemoryError):
+        respond(base, questions, 4)
+
+
+@pytest.mark.parametrize(
+    "at_once, limit, sizes",
+    [
+        (20, 20, [10]),
+        (4, 20, [4, 4, 2]),
+        (8, 4, [8, 4, 4, 2]),  # halved in the first part
+        (7, 7, [7, 3]),
+        (1, 1, [1] * 10),
+    ],
+)
+def test_rows_are_answered_in_parts_and_in_order(at_once, limit, sizes):
+    asked = []
+    double = fragile(lambda rows: [2 * row for row in rows], len, limit, asked)
+    rows = list(range(10))
+    assert respond_in_parts(double, rows, at_once) == [2 * row for row in rows]
+    assert asked == sizes
+
+
+@pytest.mark.parametrize("at_once, limit, sizes", [(8, 3, [8, 4]), (1, 0, [1])])
+def test_memory_that_runs_out_again_is_an_error(at_once, limit, sizes):
+    asked = []
+    with pytest.raises(torch.OutOfMemoryError):
+        respond_in_parts(fragile(list, len, limit, asked), list(range(10)), at_once)
+    assert asked == sizes
+
+
+# -------------------------------------------------------------------------- verification and reward
+def test_verify_asks_the_judge_about_the_answer_that_was_found():
+    question = Question("a", "Which one?", "B", [], choices=["red", "blue"])
+    asked = []
+
+    def judge(*about):
+        asked.append(about)
+        return True
+
+    assert verify("I think \\boxed{A}, no: \\boxed{blue}", question, judge)
+    assert asked == [("blue", "B", ["red", "blue"])]
+    assert not verify("\\boxed{", question, judge)
+    assert len(asked) == 1, "a missing answer is wrong, whatever the judge says"
+
+
+def test_verify_compares_by_the_rules_by_default():
+    question = Question("a", "Which one?", "B", [], choices=["red", "blue"])
+    assert verify("\\boxed{blue}", question)
+    assert not verify("\\boxed{red}", question)
+
+
+@pytest.mark.parametrize(
+    "response, correct, format_weight, expected",
+    [
+        ("\\boxed{7}", True, 0.0, 1.0),
+        ("\\boxed{7}", False, 0.0, 0.0),
+        ("\\boxed{7}", True, 0.1, 1.0),
+        ("\\boxed{7}", False, 0.1, 0.1),
+        ("answer: 7", True, 0.1, 0.9),
+        ("\\boxed{", False, 0.1, 0.0),
+    ],
+)
+def test_reward(response, correct, format_weight, expected):
+    assert reward(response, correct, format_weight) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("so it is</think> \\boxed{7}", 1.0),
+        ("<think>so it is</think> \\boxed{7}", 1.0),
+        ("\\boxed{7}", 0.9),
+        ("\\boxed{7}</think>", 0.9),
+        ("a</think>b</think>\\boxed{7}", 0.9),
+        ("a</think>7", 0.9),
+        ("a<think>b</think>\\boxed{7}", 0.9),
+        ("a</think><think>\\boxed{7}", 0.9),
+    ],
+)
+def test_reward_of_thinking(response, expected):
+    assert reward(response, True, 0.1, think=True) == pytest.approx(expected, rel=1e-12)
+    assert reward(response, False, 0.1, think=True) == pytest.approx(expected - 0.9, rel=1e-12)

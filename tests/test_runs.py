@@ -1,8 +1,8 @@
 """plumbing/runs.py: what a run leaves behind, checkpoints, resuming."""
 
-import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,32 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, logged
+from conftest import ROOT, TINY, logged, write_jsonl
 
 import train
+from plumbing import runs, settings
 
-LONGER = [
-    "--steps",
-    "8",
-    "--questions",
-    "2",
-    "--group-size",
-    "4",
-    "--eval-questions",
-    "4",
-    "--eval-every",
-    "3",
-    "--save-every",
-    "2",
-]
+LONGER = shlex.split(
+    "--steps 8 --questions 2 --group-size 4 --eval-questions 4 --eval-every 3 --save-every 2"
+)
 
 
+# ------------------------------------------------------------------------------- killed and resumed
 def start(folder, *args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """train.py in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, os.path.join(os.path.dirname(train.__file__), "train.py"), *args],
+        [sys.executable, str(ROOT / "train.py"), *args],
         cwd=folder,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -43,60 +34,87 @@ def start(folder, *args):
 
 
 def wait_for(process, condition):
+    """Until the condition holds; the process must still run then."""
     while process.poll() is None and not condition():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
-    """SIGKILL at a random moment, SIGTERM in the resumed run, resumed again: the same metrics and weights, bit for bit, as a run left alone."""
-    whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
-    monkeypatch.chdir(tmp_path)
-    train.main([*LONGER, "--name", "whole"])
-    seed = random.randrange(10**6)
-    process, log = start(tmp_path, *LONGER, "--name", "broken"), broken / "metrics.jsonl"
-    wait_for(process, (broken / "checkpoints" / "step-00000002").is_dir)
-    time.sleep(random.Random(seed).random() / 3)
+def finished_checkpoints(run):
+    """Their folders, oldest first."""
+    return sorted((run / "checkpoints").glob("step-????????"))
+
+
+def kill_a_new_run(folder, run, delay):
+    """SIGKILL `delay` seconds after the first checkpoint."""
+    process = start(folder, *LONGER, "--name", run.name)
+    wait_for(process, (run / "checkpoints" / "step-00000002").is_dir)
+    time.sleep(delay)
     process.kill()
     process.wait()
-    last, old = (
-        max(int(p.name[5:]) for p in (broken / "checkpoints").glob("step-????????")),
-        log.stat().st_ino,
-    )
-    process = start(tmp_path, "--resume", "runs/broken")
-    wait_for(
-        process, lambda: log.stat().st_ino != old and logged(broken)[-1]["step"] > last
-    )  # resuming writes the log anew
+
+
+def terminate_resumed_run(folder, run):
+    """SIGTERM in the run that goes on, after its first step. Returns exit code, output, errors."""
+    last = int(finished_checkpoints(run)[-1].name.removeprefix("step-"))
+    log = run / "metrics.jsonl"
+    killed_log = log.stat().st_ino
+    process = start(folder, "--resume", f"runs/{run.name}")
+
+    def has_gone_on():
+        rewritten = log.stat().st_ino != killed_log  # resuming writes the log anew
+        return rewritten and logged(run)[-1]["step"] > last
+
+    wait_for(process, has_gone_on)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    if process.returncode == 143:  # 0: the last step was over before the signal came
-        assert "stopped by SIGTERM after step" in out and "--resume runs/broken" in out
+    return process.returncode, out, err
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
+    """SIGKILL at a random moment, SIGTERM in the resumed run, resumed again.
+
+    Metrics and weights are those of a run left alone, bit for bit.
+    """
+    monkeypatch.chdir(tmp_path)
+    whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
+    train.main([*LONGER, "--name", "whole"])
+    seed = random.randrange(10**6)
+    kill_a_new_run(tmp_path, broken, delay=random.Random(seed).random() / 3)
+    code, out, err = terminate_resumed_run(tmp_path, broken)
+    assert code in (0, 143), err  # 0: the last step was over before the signal came
+    if code == 143:
+        assert "stopped by SIGTERM after step" in out
+        assert "--resume runs/broken" in out
         done = logged(broken)[-1]["step"]
-        assert (broken / "checkpoints" / f"step-{done:08d}").is_dir() and not (
-            broken / "model"
-        ).exists()
-        last = start(tmp_path, "--resume", "runs/broken")
-        out, err = last.communicate()
-        assert (
-            last.returncode == 0 and f"going on from runs/broken/checkpoints/step-{done:08d}" in out
-        ), err
-    else:
-        assert process.returncode == 0, err
-    assert logged(broken) == logged(whole), seed
-    assert (broken / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
+        assert (broken / "checkpoints" / f"step-{done:08d}").is_dir()
+        assert not (broken / "model").exists()
+        resumed = start(tmp_path, "--resume", "runs/broken")
+        out, err = resumed.communicate()
+        assert resumed.returncode == 0, err
+        assert f"going on from runs/broken/checkpoints/step-{done:08d}" in out
+    assert_same_run(broken, whole, seed)
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == [
+        "step-00000006",
+        "step-00000008",
+    ]  # --keep 2
+    error = refuse(capsys, "--resume", "runs/whole")
+    assert "has done all 8 steps; give a larger --steps" in error
+
+
+def assert_same_run(run, expected, seed):
+    """Bit for bit, but for the seconds. seed: of the moment of the kill, for the message."""
+    assert logged(run) == logged(expected), seed
     for name in (
+        "responses.jsonl",
         "model/model.safetensors",
         "checkpoints/step-00000008/model.safetensors",
         "checkpoints/step-00000008/optimizer.bin",
     ):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes(), (seed, name)
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
-        "step-00000006",
-        "step-00000008",
-    ]  # --keep 2
-    assert "has done all 8 steps; give a larger --steps" in refuse(capsys, "--resume", "runs/whole")
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), (seed, name)
 
 
+# ---------------------------------------------------------------------------------- what is refused
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A run of two steps, in a folder to go on from."""
@@ -106,72 +124,76 @@ def finished(tmp_path, monkeypatch):
 
 
 def refuse(capsys, *argv):
+    """The message of a command that is refused: one line, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main(list(argv))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1, error
     return error
 
 
-def test_a_checkpoint_that_is_not_whole_or_not_ours_is_refused_by_name(finished, capsys):
-    again = ["--resume", "runs/t", "--steps", "3"]
-    newest = finished / "checkpoints" / "step-00000002"
-    weights = (newest / "optimizer.bin").read_bytes()
-    (newest / "optimizer.bin").write_bytes(weights[:-1])
-    assert "step-00000002 is not whole: optimizer.bin is missing or has another size" in refuse(
-        capsys, *again
-    )
-    (newest / "optimizer.bin").write_bytes(weights)
-    state = (newest / "state.json").read_text()
-    (newest / "state.json").write_text(state[:40])
-    assert "step-00000002 is not a checkpoint of ptdpo" in refuse(capsys, *again)
-    (newest / "state.json").write_text(state)
-    (
-        finished / "checkpoints" / "step-00000009.part"
-    ).mkdir()  # what a kill while saving leaves: not looked at
-    assert "--lr cannot stand beside --resume" in refuse(capsys, *again, "--lr", "1")
-    assert "no config.json of a run of this version" in refuse(capsys, "--resume", "runs")
-    for path in sorted(newest.parent.iterdir()):
+AGAIN = ("--resume", "runs/t", "--steps", "3")
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(finished, capsys):
+    optimizer = finished / "checkpoints" / "step-00000002" / "optimizer.bin"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    error = refuse(capsys, *AGAIN)
+    assert "step-00000002 is not whole: optimizer.bin is missing or has another size" in error
+
+
+def test_a_checkpoint_that_is_not_ours_is_refused(finished, capsys):
+    state = finished / "checkpoints" / "step-00000002" / "state.json"
+    state.write_text(state.read_text()[:40])
+    assert "step-00000002 is not a checkpoint of ptdpo" in refuse(capsys, *AGAIN)
+
+
+def test_options_beside_resume_are_refused(finished, capsys):
+    assert "--lr cannot stand beside --resume" in refuse(capsys, *AGAIN, "--lr", "1")
+
+
+def test_a_folder_without_a_run_or_a_checkpoint_is_refused(finished, capsys):
+    error = refuse(capsys, "--resume", "runs")
+    assert "no config.json of a run of this version" in error
+    # what a kill while saving leaves: it is not looked at
+    (finished / "checkpoints" / "step-00000009.part").mkdir()
+    for path in finished_checkpoints(finished):
         path.rename(finished / path.name)
-    assert "no checkpoint in" in refuse(capsys, *again)
+    assert "no checkpoint in" in refuse(capsys, *AGAIN)
 
 
 def test_other_data_than_the_run_s_own_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"id": str(i), "question": "How many?", "answer": "7"} for i in range(4)]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_jsonl(tmp_path / "d.jsonl", rows)
     train.main([*TINY, "--name", "t", "--data", "d.jsonl"])
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
-    assert "are not those that" in refuse(capsys, "--resume", "runs/t", "--steps", "3")
+    write_jsonl(tmp_path / "d.jsonl", rows[1:])
+    assert "are not those that" in refuse(capsys, *AGAIN)
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monkeypatch, capsys):
-    before = {
-        p: p.read_bytes() for p in sorted((finished / "checkpoints" / "step-00000002").iterdir())
-    }
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monkeypatch):
+    last = finished / "checkpoints" / "step-00000002"
+    before = {path: path.read_bytes() for path in sorted(last.iterdir())}
 
     def full(self, folder):
         (Path(folder) / "optimizer.bin").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.Accelerator, "save_state", full)
+    monkeypatch.setattr(runs.Accelerator, "save_state", full)
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "runs/t", "--steps", "4"])
-    assert (
-        "No space left on device" in stop.value.code
-        and "last good one is runs/t/checkpoints/step-00000002" in stop.value.code
-    )
-    assert {p: p.read_bytes() for p in before} == before
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [
-        "step-00000001",
-        "step-00000002",
-    ]
+    assert "No space left on device" in stop.value.code
+    assert "last good one is runs/t/checkpoints/step-00000002" in stop.value.code
+    assert {path: path.read_bytes() for path in before} == before
+    names = [path.name for path in sorted((finished / "checkpoints").iterdir())]
+    assert names == ["step-00000001", "step-00000002"]
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert "wandb is not installed; python -m pip install wandb" in refuse(
-        capsys, "--log-with", "wandb"
-    )
-    assert "peft is not installed; python -m pip install peft" in refuse(capsys, "--lora", "4")
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    error = refuse(capsys, "--log-with", "wandb")
+    assert "wandb is not installed; python -m pip install wandb" in error
+    error = refuse(capsys, "--lora", "4")
+    assert "peft is not installed; python -m pip install peft" in error

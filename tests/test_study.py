@@ -1,6 +1,7 @@
 """plumbing/study.py: leaks in hints."""
 
-import train
+import pytest
+
 from hints import Hint
 from plumbing import study
 from plumbing.data import QuestionStream
@@ -12,77 +13,77 @@ HINT = Hint(
     ignore=("the legend.",),
     steps=("read the height", "compare it"),
 )
+VIEWS = (
+    "picture + question",
+    "picture + question + hint",
+    "question",
+    "question + hint",
+    "question + another's hint",
+    "hint",
+    "another's hint",
+)
 
 
 def test_what_the_audit_shows():
-    sample = Question("a", "<image>How high?", "12", ["one.png"], HINT)
-    views = study.audit_views(sample, Hint(look=("elsewhere",)))
-    seen = {
-        name: (s.images, messages(s)[0]["content"][-1]["text"])
-        for name, (s, messages) in views.items()
+    question = Question("a", "<image>How high?", "12", ["one.png"], HINT)
+    views = study.audit_views(question, Hint(look=("elsewhere",)))
+    assert tuple(views) == VIEWS
+    with_image = {name for name, (shown, _) in views.items() if shown.images}
+    texts = {
+        name: messages(shown)[0]["content"][-1]["text"] for name, (shown, messages) in views.items()
     }
-    assert [bool(images) for images, _ in seen.values()] == [True, True] + [False] * 5
-    assert ["How high?" in text for _, text in seen.values()] == [
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert ["red bar" in text for _, text in seen.values()] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-    ]
-    assert ["elsewhere" in text for _, text in seen.values()] == [False] * 4 + [True, False, True]
-    assert all(text.endswith(FORMAT_PROMPT) and "<image>" not in text for _, text in seen.values())
+
+    def views_that_say(words):
+        return {name for name, text in texts.items() if words in text}
+
+    assert with_image == {"picture + question", "picture + question + hint"}
+    assert views_that_say("How high?") == set(VIEWS) - {"hint", "another's hint"}
+    assert views_that_say("red bar") == {"picture + question + hint", "question + hint", "hint"}
+    assert views_that_say("elsewhere") == {"question + another's hint", "another's hint"}
+    assert all(text.endswith(FORMAT_PROMPT) for text in texts.values())
+    assert views_that_say("<image>") == set()
 
 
-def test_the_audit_finds_no_leak_in_the_puzzles_and_finds_one_that_is_there(trainer):
+def test_the_audit_finds_no_leak_in_the_puzzles(trainer):
     trainer.config.eval_questions, trainer.config.max_new_tokens = 100, 48
-    text = study.audit(trainer, QuestionStream(None, 7), train.evaluate)
-    rows = {
-        line[:30].strip(): float(line[30:].split()[0])
-        for line in text.splitlines()
-        if line.endswith("%")
-    }
-    assert list(rows) == [
-        "picture + question",
-        "picture + question + hint",
-        "question",
-        "question + hint",
-        "question + another's hint",
-        "hint",
-        "another's hint",
-    ]
-    assert (
-        rows["picture + question + hint"] > 90
-        and text.count("no leak seen") == 2
-        and "LEAK" not in text
-    )
+    table = study.audit(trainer, world.PuzzleStream(7))
+    rows = [line for line in table.splitlines() if line.endswith("%")]
+    percent = {line[:30].strip(): float(line[30:].split()[0]) for line in rows}
+    assert tuple(percent) == VIEWS
+    assert percent["picture + question + hint"] > 90
+    assert table.count("no leak seen") == 2
+    assert "LEAK" not in table
     # what always answering the most common number would score, 17 %, plus three standard errors
-    assert max(rows[name] for name in rows if "picture" not in name) < 28
-    # hints that say the answer, read by a model that repeats it
-    samples = world.puzzles("tune", 20)
-    for s in samples:
-        s.hint = Hint(steps=(f"it is {s.answer}",))
-    samples[3].hint = None
+    assert max(value for name, value in percent.items() if "picture" not in name) < 28
 
-    def repeat(trainer, samples, messages):
-        return {
-            "right": [
-                s.id
-                for s in samples
-                if messages is not student_messages and s.hint.steps[0].split()[-1] == s.answer
-            ]
-        }
 
-    text = study.audit(trainer, QuestionStream(samples, 0), repeat)
-    assert text.count("LEAK") == 2 and "of 19" in text and "first: puzzle-2" in text
-    assert "nothing to audit" in study.audit(trainer, QuestionStream(samples[3:4], 0), repeat)
+@pytest.fixture
+def repeating(trainer, monkeypatch):
+    """A trainer whose model repeats the number that the hint says."""
+
+    def evaluate(questions, messages):
+        if messages is student_messages:
+            return {"right": []}
+        said = {question.id: question.hint.steps[0].split()[-1] for question in questions}
+        return {"right": [q.id for q in questions if said[q.id] == q.answer]}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    return trainer
+
+
+def test_the_audit_finds_a_leak_that_is_there(repeating):
+    questions = world.puzzles("tune", 20)
+    for question in questions:
+        question.hint = Hint(steps=(f"it is {question.answer}",))
+    questions[3].hint = None
+    table = study.audit(repeating, QuestionStream(questions, 0))
+    assert table.count("LEAK") == 2
+    assert "of 19" in table
+    assert "first: puzzle-2" in table
+
+
+def test_nothing_to_audit(repeating):
+    [question] = world.puzzles("tune", 1)
+    question.hint = None
+    table = study.audit(repeating, QuestionStream([question], 0))
+    assert table == "0 of 1 questions have a hint: nothing to audit"

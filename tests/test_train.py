@@ -1,375 +1,412 @@
-"""train.py: what it refuses, what a run leaves behind, and that its gradient is the method's."""
+"""train.py: what a run leaves behind, that its gradient is the method's, and who is tutored."""
 
 import json
+import shlex
 
 import pytest
 import torch
-from conftest import TINY, assert_close, gradient, logged, make_tiny
+from conftest import (
+    KINDS,
+    TINY,
+    assert_close,
+    flat,
+    gradient,
+    logged,
+    make_tiny,
+    plain_logits,
+    read_jsonl,
+    rollout,
+    spy,
+    write_jsonl,
+)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
-from two_processes import make_trainer, make_work
+from two_processes import make_responses, make_trainer, score, update
 
 import train
+from hints import teacher_messages
 from losses import chunk_tokens, topk_jsd
-from plumbing import models
+from plumbing import engine
 from plumbing.images import load_processor
-from ptdpo import PTDPOConfig
-from rollout import response_states
+from plumbing.memory import batch_tokens, micro_batches
+from plumbing.runs import rollout_statistics
+from rollout import Response, encode_prompts, response_states, student_messages
 from toy import world
 
-# ------------------------------------------------------------------------------------------------------------------ a whole run
+LOGGED = {
+    "reward",
+    "accuracy",
+    "entropy",
+    "all_failed",
+    "tutor_loss",
+    "kl",
+    "grad_norm",
+    "ratio_max",
+    "truncated",
+}
 
 
-def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+# -------------------------------------------------------------------------------------- a whole run
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in. A run writes to runs/NAME below it."""
     monkeypatch.chdir(tmp_path)
-    seen = []
-    monkeypatch.setattr(
-        train,
-        "sample_groups",
-        lambda model, processor, samples, prompts, n, **kw: (
-            seen.append((n, [processor.tokenizer.decode(p.ids) for p in prompts])),
-            REAL_SAMPLE(model, processor, samples, prompts, n, **kw),
-        )[1],
-    )
+    return tmp_path
+
+
+def test_a_run_leaves_what_it_promises(folder, capsys):
     train.main([*TINY, "--name", "t"])
-    run = tmp_path / "runs" / "t"
+    run = folder / "runs" / "t"
     config = json.loads((run / "config.json").read_text())
-    assert config["steps"] == 2 and config["lam"] == 10.0 and config["tau"] == 1.0
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        [m["step"] for m in metrics] == [0, 1, 2]
-        and "eval_plain" in metrics[1]
-        and "eval_hinted" in metrics[2]
-    )
-    assert {
-        "reward",
-        "accuracy",
-        "entropy",
-        "all_failed",
-        "tutor_loss",
-        "kl",
-        "grad_norm",
-        "ratio_max",
-        "truncated",
-    } <= set(metrics[1])
-    rows = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
-    assert (
-        len(rows) == 2
-        and len(rows[0]["responses"]) == 4
-        and set(rows[0]["hint"]) == {"look", "ignore", "steps"}
-    )
-    # the student never reads the hint: neither while sampling nor in an evaluation that is called plain
-    assert all("Hint" not in text for n, texts in seen if n == 4 for text in texts)
-    assert [any("Hint" in t for t in texts) for n, texts in seen if n == 1] == [
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(run / "model"),
-        load_processor(str(run / "model")),
-    )
-    assert type(model).__name__ == "Qwen2VLForConditionalGeneration" and processor.chat_template
+    assert config["steps"] == 2
+    assert config["lam"] == 10.0
+    assert config["tau"] == 1.0
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert "eval_plain" in metrics[1]
+    assert "eval_hinted" in metrics[2]
+    assert set(metrics[1]) >= LOGGED
+    rows = read_jsonl(run / "responses.jsonl")
+    assert len(rows) == 2
+    assert len(rows[0]["responses"]) == 4
+    assert set(rows[0]["hint"]) == {"look", "ignore", "steps"}
+    model = AutoModelForImageTextToText.from_pretrained(run / "model")
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert load_processor(str(run / "model")).chat_template
     out = capsys.readouterr().out
-    assert "accuracy, plain prompt" in out and "runs/t/" in out
+    assert "accuracy, plain prompt" in out
+    assert "runs/t/" in out
     before = sorted(run.rglob("*"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # the folder is there already
         train.main([*TINY, "--name", "t"])
     assert sorted(run.rglob("*")) == before
 
 
-REAL_SAMPLE, REAL_STATES = train.sample_groups, models.response_states
+def test_the_student_never_reads_the_hint(folder, monkeypatch):
+    """Neither while sampling nor in an evaluation that is called plain."""
+
+    def prompts_read(model, processor, prompts, group_size, **settings):
+        return group_size, [processor.tokenizer.decode(prompt.ids) for prompt in prompts]
+
+    calls = spy(monkeypatch, engine, "sample_groups", prompts_read)
+    train.main([*TINY, "--name", "t"])
+    sampled = [texts for group_size, texts in calls if group_size == 4]
+    evaluated = [texts for group_size, texts in calls if group_size == 1]
+    assert len(sampled) == 2
+    assert not any("Hint" in text for texts in sampled for text in texts)
+    hinted = [any("Hint" in text for text in texts) for texts in evaluated]
+    assert hinted == [False, True, False, False, True]
 
 
-@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
-def test_a_whole_run_from_the_path_of_each_real_class(kind, base, tmp_path, monkeypatch, capsys):
-    """Saved with save_pretrained, loaded by path, with questions that have two images, one and none, trained, and loaded again without our code."""
-    monkeypatch.chdir(tmp_path)
-    make_tiny(kind, base[1]).save_pretrained(tmp_path / "m")
-    base[1].save_pretrained(tmp_path / "m")
-    Image.new("RGB", (70, 50), "red").save(tmp_path / "a.png")
-    rows = [
-        {
-            "question": "How many points ?",
-            "answer": "7",
-            "images": ["a.png"] * n,
-            "hint": "look at the red cell",
-        }
-        for n in (2, 1, 0)
-    ]
-    rows += [
-        {"question": "How many points ? " + "row " * 90, "answer": "7"},
-        {"question": "How many ?", "answer": "7", "image": "b.png"},
-    ]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train.main(
-        [
-            "--model",
-            "m",
-            "--data",
-            "d.jsonl",
-            "--eval-data",
-            "d.jsonl",
-            "--steps",
-            "2",
-            "--questions",
-            "3",
-            "--group-size",
-            "2",
-            "--max-new-tokens",
-            "6",
-            "--name",
-            "t",
-            "--lam",
-            "1",
-            "--lr",
-            "0.01",
-            "--max-prompt",
-            "90",
-            "--skip-bad",
-            "--micro-tokens",
-            "200",
-            *(["--gradient-checkpointing"] if kind == "Qwen3VL" else []),
-        ]
+def write_questions(folder):
+    """d.jsonl: two images, one and none; a prompt that is too long; an image that is missing."""
+    Image.new("RGB", (70, 50), "red").save(folder / "a.png")
+    row = {"question": "How many points ?", "answer": "7", "hint": "look at the red cell"}
+    rows = [{**row, "images": ["a.png"] * count} for count in (2, 1, 0)]
+    rows.append({"question": "How many points ? " + "row " * 90, "answer": "7"})
+    rows.append({"question": "How many ?", "answer": "7", "image": "b.png"})
+    write_jsonl(folder / "d.jsonl", rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run_from_the_path_of_each_real_class(kind, base, folder, capsys):
+    """Saved with save_pretrained, loaded by path, trained, and loaded again without our code."""
+    make_tiny(kind, base[1]).save_pretrained("m")
+    base[1].save_pretrained("m")
+    write_questions(folder)
+    options = shlex.split(
+        "--model m --data d.jsonl --eval-data d.jsonl --skip-bad --max-prompt 90 --name t "
+        "--steps 2 --questions 3 --group-size 2 --max-new-tokens 6 --micro-tokens 200 "
+        "--lam 1 --lr 0.01"
     )
+    if kind == "Qwen3VL":
+        options.append("--gradient-checkpointing")
+    train.main(options)
     out = capsys.readouterr().out
-    assert (
-        "questions: 3 from d.jsonl; 3 with a hint" in out
-        and "left out: 2 questions with a prompt above 90 tokens" in out
-    )
-    assert (
-        out.count("left out: d.jsonl:5: field 'images': cannot read b.png") == 2
-    )  # once for each file that was read
-    metrics = logged(tmp_path / "runs" / "t")
-    assert (
-        metrics[1]["tutored"] == 1
-        and metrics[1]["tutor_loss"] > 0
-        and metrics[1]["sampler_gap"] < 1e-3
-    )
-    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "runs" / "t" / "model")
+    assert "questions: 3 from d.jsonl; 3 with a hint" in out
+    assert "left out: 2 questions with a prompt above 90 tokens" in out
+    # once for each file that was read
+    assert out.count("left out: d.jsonl:5: field 'images': cannot read b.png") == 2
+    metrics = logged(folder / "runs" / "t")
+    assert metrics[1]["tutored"] == 1
+    assert metrics[1]["tutor_loss"] > 0
+    assert metrics[1]["sampler_gap"] < 1e-3
+    trained = AutoModelForImageTextToText.from_pretrained(folder / "runs" / "t" / "model")
     assert type(trained).__name__ == f"{kind}ForConditionalGeneration"
-    old = make_tiny(kind, base[1]).state_dict()
-    assert any(not torch.equal(p, old[name]) for name, p in trained.state_dict().items())
+    before = make_tiny(kind, base[1]).state_dict()
+    assert any(not torch.equal(p, before[name]) for name, p in trained.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [["--updates", "2"], ["--lora", "4"]])
-def test_recomputed_activations_change_nothing(options, tmp_path, monkeypatch):
-    """--gradient-checkpointing has no cache in training mode, while old log-probs, a LoRA run's reference and sampling use one."""
-    monkeypatch.chdir(tmp_path)
+def test_recomputed_activations_change_nothing(options, folder):
+    """--gradient-checkpointing has no cache in training mode.
+
+    Old log-probs, a LoRA run's reference and sampling use one.
+    """
     if "--lora" in options:
         pytest.importorskip("peft")
-    for name, more in (("plain", []), ("less", ["--gradient-checkpointing"])):
-        train.main(
-            [
-                "--steps",
-                "5",
-                "--questions",
-                "2",
-                "--group-size",
-                "4",
-                "--eval-questions",
-                "2",
-                "--seed",
-                "1",
-                "--name",
-                name,
-                *options,
-                *more,
-            ]
-        )
-        assert (
-            tmp_path / "runs" / name / "checkpoints" / "step-00000005"
-        ).exists()  # the last of 5 steps, also with 2 a rollout
-    rows = [logged(tmp_path / "runs" / name) for name in ("plain", "less")]
-    assert sum(row["tutor_loss"] > 0 for row in rows[0][1:]) >= 2 and len(rows[0]) == 6
-    for a, b in zip(*rows):
-        assert a.keys() == b.keys() and all(
-            a[key] == pytest.approx(b[key], rel=0.02, abs=1e-3) for key in a
-        ), (a, b)
+    settings = shlex.split("--steps 5 --questions 2 --group-size 4 --eval-questions 2 --seed 1")
+    settings += options
+    train.main([*settings, "--name", "plain"])
+    train.main([*settings, "--name", "recomputed", "--gradient-checkpointing"])
+    runs = [folder / "runs" / name for name in ("plain", "recomputed")]
+    for run in runs:  # a checkpoint at the last of 5 steps, also with 2 per rollout
+        assert (run / "checkpoints" / "step-00000005").exists()
+    plain, recomputed = (logged(run) for run in runs)
+    assert len(plain) == 6
+    assert sum(row["tutor_loss"] > 0 for row in plain[1:]) >= 2
+    for expected, row in zip(plain, recomputed, strict=True):
+        assert row == pytest.approx(expected, rel=0.02, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the gradient
+def test_draws_are_keyed_by_seed_and_question(folder, monkeypatch):
+    keys = spy(monkeypatch, engine, "sample_groups", lambda *args, **more: more.get("keys"))
+    train.main([*TINY, "--name", "t", "--seed", "3"])
+    assert [of_call for of_call in keys if of_call] == [["3-0", "3-1"], ["3-2", "3-3"]]
+    for row in logged(folder / "runs" / "t")[1:]:
+        assert 0 < row["sampler_gap"] < 1e-3
+
+
+# ------------------------------------------------------------------------------------- the gradient
+def log_probs(logits, ids):
+    return logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+
+
+def token_count(responses):
+    return sum(len(response.ids) for response in responses)
+
+
+def plain_loss(trainer, responses, response):
+    """A response's share of the step's loss, on policy, so that nothing is clipped."""
+    config, ids, banned = trainer.config, response.ids, trainer.scoring["banned"]
+    logits = plain_logits(trainer.policy, response.prompt, ids, banned)
+    logp = log_probs(logits, ids)
+    ratio = torch.exp(logp - logp.detach())
+    denominators = {
+        "token": token_count(responses),
+        "fixed": len(responses) * config.max_new_tokens,
+    }
+    loss = -(ratio * response.advantage).sum() / denominators[config.aggregate]
+    reference = trainer.reference.model
+    if response.penalised:
+        with torch.no_grad():
+            reference_logits = plain_logits(reference, response.prompt, ids, banned)
+        difference = log_probs(reference_logits, ids) - logp
+        kl = (torch.exp(difference) - 1 - difference).sum()
+        loss = loss + config.beta_kl * kl / token_count(r for r in responses if r.penalised)
+    if response.tutored:
+        with torch.no_grad():
+            teacher_logits = plain_logits(reference, response.teacher_prompt, ids, banned)
+        choice = {"divergence": config.divergence, "support": config.support}
+        divergence = topk_jsd(logits, teacher_logits, config.jsd_k, **choice).sum()
+        loss = loss + config.lam * divergence / token_count(r for r in responses if r.tutored)
+    return loss
 
 
 @pytest.mark.parametrize(
-    "lam,options",
-    [
-        (0.0, {}),
-        (2.0, {}),
-        (2.0, dict(divergence="reverse_kl", support="student", aggregate="fixed")),
-    ],
+    "settings",
+    [{"lam": 0.0}, {}, {"divergence": "reverse_kl", "support": "student", "aggregate": "fixed"}],
 )
-def test_gradient_equals_the_plain_formula(trainer, lam, options, monkeypatch):
-    """One response at a time, whole-vocabulary logits, no padding, no chunks. With lam 0: GRPO with a KL penalty, and no hinted pass."""
-    trainer.method = PTDPOConfig(lam=lam, beta_kl=0.1, jsd_k=7, **options)
-    work = make_work(trainer, "unequal", range(4))
-    if lam == 0:
-        for w in work:
-            w.tutored, w.kl = False, True
-    calls = []
-    for module in (train, models):
-        monkeypatch.setattr(
-            module,
-            "response_states",
-            lambda model, batch: (
-                calls.append(batch.prompts["input_ids"].shape[1]),
-                REAL_STATES(model, batch),
-            )[1],
-        )
-    trainer.accumulate(work)
+def test_gradient_equals_the_plain_formula(settings, monkeypatch):
+    """One response at a time. With lam 0: GRPO with a KL penalty, and no pass with the hint."""
+    trainer = make_trainer(**settings)
+    responses = make_responses(trainer, "unequal", range(4))
+    if trainer.config.lam == 0:
+        for response in responses:
+            response.tutored, response.penalised = False, True
+    prompt_lengths = spy(
+        monkeypatch,
+        train,
+        "response_states",
+        lambda model, batch: batch.prompts["input_ids"].shape[1],
+    )
+    score(trainer, responses)
     ours = gradient(trainer)
     trainer.policy.zero_grad()
-
-    def logits(model, prompt, ids):
-        n, row = len(ids), torch.cat([prompt.ids, torch.tensor(ids)])[None]
-        types = torch.cat([prompt.types, torch.zeros(n, dtype=torch.long)])[None]
-        z = model(
-            input_ids=row,
-            mm_token_type_ids=types,
-            pixel_values=prompt.pixels,
-            image_grid_thw=prompt.grid,
-        ).logits[0, -n - 1 : -1]
-        z[:, trainer.settings["banned"]] = -torch.inf
-        return z
-
-    n_all = sum(len(w.rollout.ids) for w in work)
-    n_tutor, n_kl = (
-        sum(len(w.rollout.ids) for w in work if getattr(w, name)) for name in ("tutored", "kl")
-    )
-    for w in work:
-        ids = torch.tensor(w.rollout.ids)
-        z = logits(trainer.policy, w.prompt, w.rollout.ids)
-        logp = z.log_softmax(-1)[torch.arange(len(ids)), ids]
-        # on policy: nothing is clipped
-        loss = -(torch.exp(logp - logp.detach()) * w.advantage).sum() / (
-            len(work) * trainer.config.max_new_tokens if options else n_all
-        )
-        with torch.no_grad():
-            reference = logits(trainer.reference.model, w.prompt, w.rollout.ids).log_softmax(-1)[
-                torch.arange(len(ids)), ids
-            ]
-            teacher = logits(trainer.reference.model, w.hinted, w.rollout.ids)
-        if w.kl:
-            loss = loss + 0.1 * (torch.exp(reference - logp) - 1 - (reference - logp)).sum() / n_kl
-        if w.tutored:
-            loss = (
-                loss
-                + lam
-                * topk_jsd(
-                    z, teacher, 7, **{k: v for k, v in options.items() if k != "aggregate"}
-                ).sum()
-                / n_tutor
-            )
-        loss.backward()
+    for response in responses:
+        plain_loss(trainer, responses, response).backward()
     assert_close(ours, gradient(trainer), 1e-4)
-    hinted_length = len(work[0].hinted.ids)
-    assert any(length >= hinted_length for length in calls) == (lam > 0)
+    hinted_length = len(responses[0].teacher_prompt.ids)
+    teacher_ran = any(length >= hinted_length for length in prompt_lengths)
+    assert teacher_ran == (trainer.config.lam > 0)
 
 
 def test_micro_batches_do_not_change_the_gradient(trainer):
-    grads = []
-    for size in (1, 300, 10**6):
-        trainer.config.micro_tokens = size
-        batches = trainer._micro_batches(make_work(trainer, "unequal", range(4)))
-        assert (
-            size in (1, 10**6)
-            or 1 < len(batches) < 16
-            and all(trainer._tokens(b) <= size for b in batches)
-        )
-        parts = trainer.accumulate(make_work(trainer, "unequal", range(4)))
-        grads.append((gradient(trainer), parts))
+    results = []
+    for limit in (1, 300, 10**6):
+        trainer.config.micro_tokens = limit
+        parts = score(trainer, make_responses(trainer, "unequal", range(4)))
+        results.append((gradient(trainer), parts["tutor_loss"]))
         trainer.policy.zero_grad()
-    for g, parts in grads[1:]:
-        assert_close(g, grads[0][0], 1e-4)
-        assert (
-            parts["tutor_loss"] == pytest.approx(grads[0][1]["tutor_loss"], rel=1e-4)
-            and parts["tutor_loss"] > 0
-        )
+    expected_gradient, expected_loss = results[0]
+    assert expected_loss > 0
+    for values, tutor_loss in results[1:]:
+        assert_close(values, expected_gradient, 1e-4)
+        assert tutor_loss == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_micro_batches_stay_below_the_limit(trainer):
+    responses = make_responses(trainer, "unequal", range(4))
+    assert len(micro_batches(responses, 1, False)) == 16  # each is larger, and goes alone
+    assert len(micro_batches(responses, 10**6, False)) == 1
+    batches = micro_batches(responses, 300, False)
+    assert 1 < len(batches) < 16
+    assert all(batch_tokens(batch, False) <= 300 for batch in batches)
+    trainer.config.micro_tokens = 300
+    assert trainer.micro_batches(responses) == batches
+
+
+class MeetingPlaces(TorchDispatchMode):
+    """Notes how many values each index_put with accumulate adds up at one place, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__.strip("_")
+        assert name != "index_add"
+        if name.startswith("index_put") and args[3:4] == (True,):
+            places = torch.zeros(args[0].shape, dtype=torch.long)
+            one = torch.tensor(1)
+            self.counts.append(int(places.index_put(tuple(args[1]), one, accumulate=True).max()))
+        return op(*args, **(kwargs or {}))
 
 
 def test_nothing_in_a_step_adds_up_in_an_order_of_chance(trainer):
-    """index_put with accumulate, the backward of x[rows], adds by atomics on a CPU with several threads, as index_add does on a GPU. Where equal places
-    met, two runs of the default on two threads differed after one step."""
-    meeting = []
+    """index_put with accumulate is the backward of x[rows].
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            name = op.overloadpacket.__name__.strip("_")
-            assert name != "index_add"
-            if name.startswith("index_put") and args[3:4] == (True,):
-                places = torch.zeros(args[0].shape, dtype=torch.long).index_put(
-                    tuple(args[1]), torch.tensor(1), accumulate=True
-                )
-                meeting.append(int(places.max()))
-            return op(*args, **(kwargs or {}))
-
-    with Watch():
-        trainer.accumulate(make_work(trainer, "unequal", range(4)))
-    assert max(meeting) == 1
+    It adds by atomics on a CPU with several threads, as index_add does on a GPU. Where equal places
+    met, two runs of the default on two threads differed after one step.
+    """
+    with MeetingPlaces() as meeting:
+        score(trainer, make_responses(trainer, "unequal", range(4)))
+    assert max(meeting.counts) == 1
 
 
 def test_logits_mb_reaches_the_head_and_does_not_change_the_gradient(trainer, monkeypatch):
-    trainer.accumulate(make_work(trainer, "unequal", range(2)))
-    small, budgets, real = make_trainer(logits_mb=0.01), [], models.scores_from_hidden
-    monkeypatch.setattr(
-        models,
-        "scores_from_hidden",
-        lambda *args, **more: (budgets.append(more["logits_mb"]), real(*args, **more))[1],
-    )
-    small.accumulate(make_work(small, "unequal", range(2)))
-    assert set(budgets) == {0.01} and chunk_tokens(100, 0.01) == 13
+    score(trainer, make_responses(trainer, "unequal", range(2)))
+    small = make_trainer(logits_mb=0.01)
+    budgets = spy(monkeypatch, train, "scores_from_hidden", lambda *args, **more: more["logits_mb"])
+    score(small, make_responses(small, "unequal", range(2)))
+    assert set(budgets) == {0.01}
+    assert chunk_tokens(100, 0.01) == 13
     assert_close(gradient(small), gradient(trainer), 1e-4)
 
 
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+    def unchanged():
+        named = trainer.policy.named_parameters()
+        return all(torch.equal(p, before[name]) for name, p in named)
+
+    trained = next(p for p in trainer.policy.parameters() if p.requires_grad)
+    handle = trained.register_hook(lambda grad: grad * float("nan"))
+    responses = make_responses(trainer, "one", range(2))
+    assert update(trainer, responses)["skipped_steps"] == 1
+    assert unchanged()
+    handle.remove()
+    assert update(trainer, responses)["skipped_steps"] == 1
+    assert not unchanged()
+
+
+# ---------------------------------------------------------------------------------------- the image
 def test_the_hinted_prompt_has_the_same_image(trainer):
-    for w in make_work(trainer, "one", range(2)):
-        assert (
-            torch.equal(w.hinted.pixels, w.prompt.pixels)
-            and w.hinted.types.sum() == w.prompt.types.sum() == 16
-        )
-        assert len(w.hinted.ids) > len(w.prompt.ids)
+    for response in make_responses(trainer, "one", range(2)):
+        plain, hinted = response.prompt, response.teacher_prompt
+        assert torch.equal(hinted.pixels, plain.pixels)
+        assert hinted.types.sum() == plain.types.sum() == 16
+        assert len(hinted.ids) > len(plain.ids)
+
+
+def encode_again(trainer, response):
+    """Give the response new prompts, with patches in the place of features."""
+    question = response.question
+
+    def encoded(messages):
+        [prompt] = encode_prompts(trainer.processor, [question], [messages(question)])
+        return prompt
+
+    response.prompt = encoded(student_messages)
+    if response.teacher_prompt:
+        response.teacher_prompt = encoded(teacher_messages)
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_frozen_tower_sees_each_image_once_a_rollout(trained):
+def test_a_frozen_tower_sees_each_image_once_per_rollout(trained):
     """And the loss is the one that patches give."""
     trainer = make_trainer(train_vision=trained, questions=3, group_size=3, max_new_tokens=12)
-    samples, seen, parts = world.puzzles("tune", 3), [], []
+    patches = []
     for model in (trainer.policy, trainer.reference.model):
         model.model.visual.blocks[0].register_forward_hook(
-            lambda module, args, out: seen.append(len(args[0]))
+            lambda module, args, out: patches.append(len(args[0]))
         )
-    work, _ = trainer.rollout(samples)
-    flat = [w for group in work for w in group]
-    assert any(w.tutored for w in flat)
-    parts.append(trainer.accumulate(flat))
-    assert seen == [64] * 3 if not trained else sum(seen) > 64 * 6
-    for w in flat:
-        w.prompt, w.hinted = (
-            prompt
-            and train.encode_prompts(
-                trainer.processor, [w.rollout.sample], [chat(w.rollout.sample)]
-            )[0]
-            for prompt, chat in (
-                (w.prompt, train.student_messages),
-                (w.hinted, train.teacher_messages),
-            )
-        )
-    parts.append(trainer.accumulate(flat))
-    assert parts[0]["tutor_loss"] > 0 and all(
-        parts[0][name] == pytest.approx(parts[1][name], rel=1e-3, abs=1e-5) for name in parts[0]
-    )
+    responses = flat(rollout(trainer, world.puzzles("tune", 3)))
+    assert any(response.tutored for response in responses)
+    parts = trainer.score(responses)
+    assert parts["tutor_loss"] > 0
+    if trained:
+        assert sum(patches) > 64 * 6
+    else:
+        assert patches == [64] * 3
+    for response in responses:
+        encode_again(trainer, response)
+    assert trainer.score(responses) == pytest.approx(parts, rel=1e-3, abs=1e-5)
 
 
 def test_the_teacher_looks_at_the_image(trainer):
-    work = make_work(trainer, "one", range(1))
-    batch = trainer._collate(work, [w.hinted for w in work])
-    seen = response_states(trainer.reference.model, batch)
+    responses = make_responses(trainer, "one", range(1))
+    batch = trainer.collate(responses, prompts=[r.teacher_prompt for r in responses])
+    states = response_states(trainer.reference.model, batch)
     batch.prompts["pixel_values"] = batch.prompts["pixel_values"].flip(0)
-    assert (response_states(trainer.reference.model, batch) - seen).abs().max() > 1e-2
+    assert (response_states(trainer.reference.model, batch) - states).abs().max() > 1e-2
+
+
+# -------------------------------------------------------------------- rollouts and what is assigned
+CORRECT = [[0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def graded_groups(trainer):
+    """Four groups with the verdicts of CORRECT. The last question has no hint."""
+    questions = world.puzzles("tune", 4)
+    questions[3].hint = None
+    groups = []
+    for prompt, verdicts in zip(trainer.read(questions), CORRECT, strict=True):
+        group = [Response(prompt, [9, 10], "", truncated=False) for _ in verdicts]
+        for response, verdict in zip(group, verdicts, strict=True):
+            response.correct, response.reward = bool(verdict), float(verdict)
+        groups.append(group)
+    return groups
+
+
+def test_the_kl_penalty_is_where_no_response_of_the_group_is_tutored(trainer):
+    groups = graded_groups(trainer)
+    trainer.assign(groups)
+    tutored = [[response.tutored for response in group] for group in groups]
+    assert tutored == [[True] * 4, [False, True, False, False], [False] * 4, [False] * 4]
+    penalised = [[response.penalised for response in group] for group in groups]
+    assert penalised == [[False] * 4, [False] * 4, [True] * 4, [True] * 4]
+
+
+def test_without_lam_nothing_is_tutored_and_the_kl_penalty_is_everywhere(trainer):
+    trainer.config.lam = 0.0
+    groups = graded_groups(trainer)
+    trainer.assign(groups)
+    assert not any(response.tutored for response in flat(groups))
+    assert all(response.penalised for response in flat(groups))
+    assert all(response.teacher_prompt is None for response in flat(groups))
+
+
+def test_weights_are_those_of_an_optimizer_step(trainer):
+    """Two steps of two questions: in each the weights of the policy loss add up to 1."""
+    trainer.config.questions = 2
+    groups = graded_groups(trainer)
+    trainer.assign(groups)
+    for groups_of_step in (groups[:2], groups[2:]):
+        weights = [len(r.ids) * r.weights[0] for r in flat(groups_of_step)]
+        assert sum(weights) == pytest.approx(1)
 
 
 def test_ratio_is_one_on_the_first_pass_and_not_after():
@@ -377,137 +414,101 @@ def test_ratio_is_one_on_the_first_pass_and_not_after():
         updates=2, questions=2, group_size=4, lr=1e-2, max_new_tokens=40, warmup=0
     )
     torch.manual_seed(0)
-    work, row = trainer.rollout([world.to_question(world.make_puzzle("tune", i)) for i in range(4)])
-    assert all(
-        w.old_logp is not None and len(w.old_logp) == len(w.rollout.ids)
-        for group in work
-        for w in group
-    )
-    first = trainer.update([w for group in work[:2] for w in group])
-    assert first["ratio_max"] < 1e-4
-    assert trainer.update([w for group in work[2:] for w in group])["ratio_max"] > 1e-3
+    groups = rollout(trainer, world.puzzles("tune", 4))
+    for response in flat(groups):
+        assert len(response.old_logp) == len(response.ids)
+    first_pass = trainer.score(flat(groups[:2]))
+    assert first_pass["ratio_max"] < 1e-4
+    trainer.step()
+    assert trainer.score(flat(groups[2:]))["ratio_max"] > 1e-3
 
 
 def test_truncated_responses_can_be_left_out_of_the_loss(trainer):
-    """Their step is the step of the others alone, and they stay in their group's advantages."""
-    short = dict(group_size=6, max_new_tokens=24)
-    samples = [world.to_question(world.make_puzzle("tune", i)) for i in range(6)]
-    masked = make_trainer(mask_truncated=True, **short)
-    work, row = masked.rollout(samples)
-    flat = [w for group in work for w in group]
-    assert 0 < row["truncated"] < 1 and [w.used for w in flat] == [
-        not w.rollout.truncated for w in flat
-    ]
-    assert not any((w.tutored or w.kl) and not w.used for w in flat) and any(
-        w.tutored for w in flat
-    )
-    parts = masked.accumulate(flat)
-    other = trainer.accumulate([w for w in flat if w.used])
+    """Their step is the step of the others alone, and the log counts who is tutored in it."""
+    masked = make_trainer(mask_truncated=True, group_size=6, max_new_tokens=24)
+    groups = rollout(masked, world.puzzles("tune", 6))
+    responses = flat(groups)
+    left_out = [response for response in responses if not response.in_loss]
+    kept = [response for response in responses if response.in_loss]
+    assert 0 < len(left_out) < 36
+    assert [r.in_loss for r in responses] == [not r.truncated for r in responses]
+    assert not any(response.tutored or response.penalised for response in left_out)
+    assert any(response.tutored for response in kept)
+    row = rollout_statistics(groups, masked.config)
+    assert row["truncated"] == len(left_out) / 36
+    assert row["tutored"] == pytest.approx(sum(response.tutored for response in kept) / 36)
+    parts = masked.score(responses)
+    expected = score(trainer, kept)
     assert_close(gradient(masked), gradient(trainer), 1e-4)
-    assert {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in other.items()} == parts
-    kept, everything = (
-        make_trainer(**short).rollout(samples)[0],
-        [[w.advantage for w in group] for group in work],
-    )
-    assert [[w.advantage for w in group] for group in kept] == everything and all(
-        w.used for group in kept for w in group
-    )
-    nothing = [w for w in flat if not w.used]
+    assert parts == pytest.approx(expected, rel=1e-3, abs=1e-6)
     masked.policy.zero_grad()
-    assert masked.accumulate(nothing)["policy_loss"] == 0 and all(
-        (g == 0).all() for g in gradient(masked).values()
-    )
+    assert score(masked, left_out)["policy_loss"] == 0
+    assert all((grad == 0).all() for grad in gradient(masked).values())
 
 
-def test_draws_are_keyed_by_seed_and_question(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    keys = []
-    monkeypatch.setattr(
-        train,
-        "sample_groups",
-        lambda *args, **more: (keys.append(more.get("keys")), REAL_SAMPLE(*args, **more))[1],
-    )
-    train.main([*TINY, "--name", "t", "--seed", "3"])
-    assert [k for k in keys if k] == [["3-0", "3-1"], ["3-2", "3-3"]]
-    metrics = [
-        json.loads(line)
-        for line in (tmp_path / "runs" / "t" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert all(0 < m["sampler_gap"] < 1e-3 for m in metrics[1:])
+def test_truncated_responses_stay_in_their_group_s_advantages():
+    questions = world.puzzles("tune", 6)
+    short = dict(group_size=6, max_new_tokens=24)
+    masked = flat(rollout(make_trainer(mask_truncated=True, **short), questions))
+    unmasked = flat(rollout(make_trainer(**short), questions))
+    assert any(not response.in_loss for response in masked)
+    assert all(response.in_loss for response in unmasked)
+    assert [r.advantage for r in masked] == [r.advantage for r in unmasked]
 
 
 def test_routing_in_a_rollout(trainer):
     trainer.config.group_size, trainer.config.max_new_tokens = 6, 40
     torch.manual_seed(1)
-    samples = [world.to_question(world.make_puzzle("tune", i)) for i in range(6)]
-    samples[0].hint = None
-    work, row = trainer.rollout(samples)
-    for n, group in enumerate(work):
-        failed = [not w.rollout.correct for w in group]
-        assert [w.tutored for w in group] == [f and n > 0 for f in failed]
-        assert all(w.kl == (n == 0 or not any(failed)) for w in group)
-        assert (group[0].hinted is not None) == any(w.tutored for w in group)
-        if group[0].hinted:
-            hinted, plain = (
-                trainer.processor.tokenizer.decode(p.ids)
-                for p in (group[0].hinted, group[0].prompt)
-            )
-            assert "Hint" in hinted and "Hint" not in plain
-    assert (
-        row["tutored"] == pytest.approx(sum(w.tutored for g in work for w in g) / 36)
-        and row["tutored"] > 0
-    )
+    questions = world.puzzles("tune", 6)
+    questions[0].hint = None
+    groups = rollout(trainer, questions)
+    for n, group in enumerate(groups):
+        failed = [not response.correct for response in group]
+        tutored_group = n > 0 and any(failed)
+        assert [r.tutored for r in group] == [tutored_group and f for f in failed]
+        assert all(response.penalised == (not tutored_group) for response in group)
+        assert all((r.teacher_prompt is not None) == tutored_group for r in group)
+        if tutored_group:
+            decode = trainer.processor.tokenizer.decode
+            assert "Hint" in decode(group[0].teacher_prompt.ids)
+            assert "Hint" not in decode(group[0].prompt.ids)
+    share = sum(response.tutored for response in flat(groups)) / 36
+    assert share > 0
+    assert rollout_statistics(groups, trainer.config)["tutored"] == pytest.approx(share)
 
 
-def test_the_teacher_reads_the_chosen_context(trainer):
-    """And a sample that lacks it is not tutored, which the log counts. With "none" the teacher is the student: nothing pulls."""
-    trainer.config.max_new_tokens, losses, texts = 30, {}, {}
-    for context in ("hint", "answer", "solution", "none"):
-        trainer.config.teacher_context = context
-        samples = world.puzzles("tune", 3)
-        samples[2].hint = samples[2].solution = None
-        work, row = trainer.rollout(samples)
-        flat = [w for group in work for w in group]
-        assert row["untaught"] == (1 / 3 if context in ("hint", "solution") else 0)
-        assert any(w.tutored for w in work[2]) == (context in ("answer", "none"))
-        texts[context] = trainer.processor.tokenizer.decode(
-            next(w.hinted for w in flat if w.tutored).ids
-        )
-        losses[context] = trainer.accumulate(flat)["tutor_loss"]
-        trainer.optimizer.zero_grad()
-    assert ["Hint" in t for t in texts.values()] == [
-        True,
-        False,
-        False,
-        False,
-    ] and "The answer is" in texts["answer"]
-    assert (
-        abs(losses["none"]) < 1e-6 and min(losses[c] for c in ("hint", "answer", "solution")) > 1e-3
-    )
+@pytest.mark.parametrize("context", ["hint", "answer", "solution", "none"])
+def test_the_teacher_reads_the_chosen_context(trainer, context):
+    """And a question that lacks it is not tutored, which the log counts.
+
+    With "none" the teacher is the student: nothing pulls.
+    """
+    trainer.config.max_new_tokens, trainer.config.teacher_context = 30, context
+    questions = world.puzzles("tune", 3)
+    questions[2].hint = questions[2].solution = None
+    groups = rollout(trainer, questions)
+    lacking = context in ("hint", "solution")
+    untaught = rollout_statistics(groups, trainer.config)["untaught"]
+    assert untaught == (1 / 3 if lacking else 0)
+    assert any(response.tutored for response in groups[2]) == (not lacking)
+    tutored = next(response for response in flat(groups) if response.tutored)
+    text = trainer.processor.tokenizer.decode(tutored.teacher_prompt.ids)
+    assert ("Hint" in text) == (context == "hint")
+    assert ("The answer is" in text) == (context == "answer")
+    tutor_loss = trainer.score(flat(groups))["tutor_loss"]
+    if context == "none":
+        assert abs(tutor_loss) < 1e-6
+    else:
+        assert tutor_loss > 1e-3
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(trainer):
-    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-    handle = next(p for p in trainer.policy.parameters() if p.requires_grad).register_hook(
-        lambda g: g * float("nan")
-    )
-    work = make_work(trainer, "one", range(2))
-    assert trainer.update(work)["skipped_steps"] == 1
-    assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
-    handle.remove()
-    assert trainer.update(work)["skipped_steps"] == 1
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
-
-
+# --------------------------------------------------------------------------------------- evaluation
 def test_evaluation_counts_every_question_once(trainer):
-    trainer.sampling.update(max_new_tokens=40, sample_mb=1)  # several batches
-    samples = world.puzzles("tune", 10)
-    plain, hinted = (
-        train.evaluate(trainer, samples),
-        train.evaluate(trainer, samples, train.teacher_messages),
-    )
-    assert (
-        plain["questions"] == hinted["questions"] == 10 and hinted["accuracy"] > plain["accuracy"]
-    )
-    samples[0].hint = None
-    assert train.evaluate(trainer, samples, train.teacher_messages)["questions"] == 9
+    trainer.config.max_new_tokens, trainer.config.sample_mb = 40, 1  # several batches
+    questions = world.puzzles("tune", 10)
+    plain = trainer.evaluate(questions)
+    hinted = trainer.evaluate(questions, teacher_messages)
+    assert plain["questions"] == hinted["questions"] == 10
+    assert hinted["accuracy"] > plain["accuracy"]
+    questions[0].hint = None
+    assert trainer.evaluate(questions, teacher_messages)["questions"] == 9

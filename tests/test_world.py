@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from hints import teacher_messages
-from plumbing.answers import verify
-from rollout import encode_prompts, sample_groups, student_messages
+from rollout import encode_prompts, sample_groups, student_messages, verify
 from toy import world
 
 
@@ -66,7 +65,7 @@ def test_a_good_solver_s_response_is_verified():
     for i in range(200):
         puzzle = world.make_puzzle("train", i)
         text = world.response(puzzle, random.Random(i))
-        assert verify(text, str(puzzle.answer))
+        assert verify(text, world.to_question(puzzle))
         assert all(world.line_name(line) in text for line in puzzle.lines)
 
 
@@ -80,11 +79,9 @@ def accuracy(base, questions, messages):
     """The share of greedy responses that are right, with the chat that messages(question) makes."""
     model, processor = base
     prompts = encode_prompts(processor, questions, [messages(question) for question in questions])
-    groups = sample_groups(
-        model, processor, questions, prompts, 1, max_new_tokens=48, temperature=0.0
-    )
+    groups = sample_groups(model, processor, prompts, 1, max_new_tokens=48, temperature=0.0)
     right = [
-        verify(response.text, question.answer)
+        verify(response.text, question)
         for question, [response] in zip(questions, groups, strict=True)
     ]
     return sum(right) / len(right)

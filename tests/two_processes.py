@@ -1,44 +1,42 @@
-"""Run by test_train.py, alone and under torchrun: the gradient of one step over fixed responses, saved by the main process.
+"""Run by test_models.py, alone and under torchrun; the main process saves what came out.
 
-python tests/two_processes.py OUT [fsdp]            cases: unequal (both processes tutor), one (only process 0 does)
-python tests/two_processes.py train OPTIONS         train.py with FSDP2 on a CPU
+python tests/two_processes.py OUT            the gradient of one step over fixed responses
+python tests/two_processes.py OUT fsdp       three steps, a checkpoint and samples, sharded
+python tests/two_processes.py train OPTIONS  train.py with FSDP2 on a CPU
 """
 
 import os
 import sys
-from pathlib import Path
 
+import accelerate
 import torch
 import yaml  # accelerate needs it
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from conftest import ROOT, gradient, rollout  # it puts the repository's root on the path
+from torch.distributed.fsdp import FSDPModule
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import accelerate  # noqa: E402
-from accelerate import Accelerator, FullyShardedDataParallelPlugin  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
+import train
+from hints import teacher_messages
+from plumbing import runs
+from plumbing.images import load_processor
+from plumbing.models import build
+from rollout import Response, encode_prompts, student_messages
+from toy import world
 
-import train  # noqa: E402
-from hints import teacher_messages  # noqa: E402
-from plumbing.images import load_processor  # noqa: E402
-from ptdpo import PTDPOConfig  # noqa: E402
-from rollout import Rollout, encode_prompts, student_messages  # noqa: E402
-from toy import world  # noqa: E402
-
-TUTORED = {
-    "unequal": {0: 4, 1: 1, 2: 2, 3: 0},
-    "one": {0: 3, 1: 0, 2: 1, 3: 0},
-}  # question -> tutored responses; process = question % 2
+# question -> tutored responses; question q belongs to process q % 2. unequal: both processes tutor;
+# one: only process 0 does
+TUTORED = {"unequal": {0: 4, 1: 1, 2: 2, 3: 0}, "one": {0: 3, 1: 0, 2: 1, 3: 0}}
+SHARDED_RUN = {"lr": 1e-4, "warmup": 0, "group_size": 2, "max_new_tokens": 30}
 
 
 def sharding_accelerator(*args, **settings) -> Accelerator:
     """On a CPU accelerate would fall back from FSDP to DDP. Shards in one process too."""
     accelerator = Accelerator(*args, **{"cpu": True, **settings})
-    for state in (
-        accelerator.state,
-        accelerate.PartialState(),
-    ):  # each new AcceleratorState copies the second one over the first
+    # both, as each new AcceleratorState copies the second one over the first
+    for state in (accelerator.state, accelerate.PartialState()):
         state.distributed_type = DistributedType.FSDP
-    config = yaml.safe_load((Path(train.__file__).parent / "fsdp.yaml").read_text())["fsdp_config"]
+    config = yaml.safe_load((ROOT / "fsdp.yaml").read_text())["fsdp_config"]
     names = (
         "auto_wrap_policy",
         "reshard_after_forward",
@@ -51,129 +49,126 @@ def sharding_accelerator(*args, **settings) -> Accelerator:
     return accelerator
 
 
-def make_trainer(fsdp: bool = False, **settings):
+def make_trainer(fsdp: bool = False, **settings) -> train.Trainer:
+    """A trainer of the embedded model, with micro-batches of a few responses."""
     torch.set_num_threads(1)
-    config = train.TrainConfig(**{"micro_tokens": 200, **settings})
-    accelerator = (
-        sharding_accelerator if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else Accelerator
-    )(cpu=True)
-    return train.Trainer(
-        config,
-        PTDPOConfig(lam=2.0, beta_kl=0.1, jsd_k=7),
-        accelerator,
-        load_processor(config.model),
-        *train.build(config, accelerator),
-    )
+    method = {"lam": 2.0, "beta_kl": 0.1, "jsd_k": 7}
+    config = train.TrainConfig(**{"micro_tokens": 200, **method, **settings})
+    sharded = fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    accelerator = sharding_accelerator(cpu=True) if sharded else Accelerator(cpu=True)
+    student, reference = build(config, accelerator)
+    processor = load_processor(config.model)
+    return train.Trainer(config, accelerator, processor, student, reference)
 
 
-def make_work(trainer, case: str, questions) -> list:
-    """Four questions with four responses each; the same in every process."""
-    work = []
-    for q in questions:
-        generator = torch.Generator().manual_seed(q)
-        sample = world.to_question(world.make_puzzle("tune", q))
-        plain, hinted = (
-            encode_prompts(trainer.processor, [sample], [chat(sample)])[0]
-            for chat in (student_messages, teacher_messages)
-        )
-        count = TUTORED[case][q]
-        for g in range(4):
-            length = int(torch.randint(3, 12, (), generator=generator))
-            ids = torch.randint(9, 90, (length,), generator=generator).tolist()
-            advantage = float(torch.randn((), generator=generator))
-            work.append(
-                train.Work(
-                    Rollout(sample, ids, "", False),
-                    plain,
-                    hinted,
-                    advantage,
-                    tutored=g < count,
-                    kl=count == 0,
-                )
-            )
-    return work
+# ---------------------------------------------------------------------------------- fixed responses
+def make_responses(trainer, case: str, questions) -> list[Response]:
+    """Four random responses per question, not yet weighed; the same in every process."""
+    return [r for q in questions for r in make_group(trainer, q, tutored=TUTORED[case][q])]
 
 
-def sharded_run(trainer, out: str) -> None:
-    """Three optimizer steps over fixed responses, a checkpoint, and what the trained student samples."""
+def make_group(trainer, number: int, tutored: int) -> list[Response]:
+    """Four responses to puzzle `number`; the first `tutored` of them are tutored."""
+    generator = torch.Generator().manual_seed(number)
+    question = world.to_question(world.make_puzzle("tune", number))
+    chats = [student_messages(question), teacher_messages(question)]
+    plain, hinted = encode_prompts(trainer.processor, [question] * 2, chats)
+    group = []
+    for g in range(4):
+        length = int(torch.randint(3, 12, (), generator=generator))
+        ids = torch.randint(9, 90, (length,), generator=generator).tolist()
+        response = Response(plain, ids, text="", truncated=False, teacher_prompt=hinted)
+        response.advantage = float(torch.randn((), generator=generator))
+        response.tutored = g < tutored
+        response.penalised = tutored == 0
+        group.append(response)
+    return group
+
+
+def score(trainer, responses: list[Response]) -> dict:
+    """Phase 5, of responses that are an optimizer step of their own: weigh them, then score."""
+    trainer.weigh(responses)
+    return trainer.score(responses)
+
+
+def update(trainer, responses: list[Response]) -> dict:
+    """`score`, then phase 6."""
+    return score(trainer, responses) | trainer.step()
+
+
+# ------------------------------------------------------------------------------ what comes out, OUT
+def gradients(trainer) -> dict:
+    """Gradient and loss parts of one step over each case's responses."""
+    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    saved = {}
+    for case in TUTORED:
+        parts = score(trainer, make_responses(trainer, case, range(rank, 4, world_size)))
+        saved[case] = {"grads": gradient(trainer), "parts": parts}
+        trainer.optimizer.zero_grad()
+    return saved
+
+
+def sharded_run(trainer, out: str) -> dict:
+    """Three optimizer steps, what the student samples then, its evaluation, a checkpoint."""
     accelerator = trainer.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    parts = []
-    for step in range(3):
-        work = make_work(trainer, "one", range(rank, 4, world_size))
-        if rank == 1:
-            work = (
-                work[:-4] + work[-4:][:1] if step else work
-            )  # fewer micro-batches than the other has
-        elif world_size == 1 and step:
-            work = work[:-3]  # the same responses
-        parts.append(trainer.update(work))
-    samples = world.puzzles("tune", 4)
-    samples[2].images, samples[2].text = (
-        [],
-        "How many points ?",
-    )  # a question without an image beside one that has one
-    groups, _ = trainer.rollout(samples[rank::world_size])
-    texts = accelerate.utils.gather_object(
-        [(w.rollout.sample.id, w.rollout.text) for group in groups for w in group]
-    )
-    evaluation = train.evaluate(trainer, samples[:3])  # an odd number: one process has more
+    parts = [update(trainer, responses_of_step(trainer, step)) for step in range(3)]
+    questions = world.puzzles("tune", 4)
+    # a question without an image beside one that has one
+    questions[2].images, questions[2].text = [], "How many points ?"
+    groups = rollout(trainer, questions[rank::world_size])
+    texts = [(r.question.id, r.text) for group in groups for r in group]
+    texts = accelerate.utils.gather_object(texts)
+    evaluation = trainer.evaluate(questions[:3])  # an odd number: one process has more
+    evaluation["right"].sort()
+    models = (trainer.student, trainer.reference) if world_size > 1 else ()
+    weights, loaded = save_and_load(trainer, f"{out}-checkpoint")
+    return {
+        "parts": parts,
+        "weights": weights,
+        "loaded": loaded,
+        "responses": sorted(texts),
+        "evaluation": evaluation,
+        "sharded": [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in models],
+    }
+
+
+def responses_of_step(trainer, step: int) -> list[Response]:
+    """Those of the case "one"; after the first step question 3 has one response, not four.
+
+    So process 1 has fewer micro-batches than process 0. One process alone gets the same responses.
+    """
+    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    responses = make_responses(trainer, "one", range(rank, 4, world_size))
+    has_question_3 = rank == world_size - 1
+    return responses[:-3] if step and has_question_3 else responses
+
+
+def save_and_load(trainer, folder: str) -> tuple[dict, bool]:
+    """The student's weights, and whether a checkpoint brings them back once they are zeroed."""
+    accelerator = trainer.accelerator
     weights = accelerator.get_state_dict(trainer.student)
-    accelerator.save_state(f"{out}-checkpoint")
-    for p in trainer.student.parameters():
-        p.data.zero_()
-    accelerator.load_state(f"{out}-checkpoint")
+    accelerator.save_state(folder)
+    for parameter in trainer.student.parameters():
+        parameter.data.zero_()
+    accelerator.load_state(folder)
     again = accelerator.get_state_dict(trainer.student)
+    return weights, all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def main(out: str, fsdp: bool) -> None:
+    trainer = make_trainer(fsdp, **(SHARDED_RUN if fsdp else {}))
+    accelerator = trainer.accelerator
+    saved = sharded_run(trainer, out) if fsdp else gradients(trainer)
     if accelerator.is_main_process:
-        sharded = (
-            [
-                sum(isinstance(m, FSDPModule) for m in scorer.modules())
-                for scorer in (trainer.student, trainer.reference)
-            ]
-            if world_size > 1
-            else []
-        )
-        torch.save(
-            {
-                "parts": parts,
-                "weights": weights,
-                "responses": sorted(texts),
-                "processes": world_size,
-                "sharded": sharded,
-                "evaluation": {k: sorted(v) if k == "right" else v for k, v in evaluation.items()},
-                "loaded": all(torch.equal(again[name], weights[name]) for name in weights),
-            },
-            out,
-        )
+        torch.save({**saved, "processes": accelerator.num_processes}, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "train":
-        train.Accelerator = sharding_accelerator
+        runs.Accelerator = sharding_accelerator
         train.main(sys.argv[2:])
-        sys.exit()
-    out, *fsdp = sys.argv[1:]
-    trainer = make_trainer(
-        bool(fsdp),
-        **({"lr": 1e-4, "warmup": 0, "group_size": 2, "max_new_tokens": 30} if fsdp else {}),
-    )
-    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    if fsdp:
-        sharded_run(trainer, out)
     else:
-        saved = {"processes": world_size}
-        for case in TUTORED:
-            parts = trainer.accumulate(make_work(trainer, case, range(rank, 4, world_size)))
-            saved[case] = {
-                "grads": {
-                    name: p.grad.clone()
-                    for name, p in trainer.policy.named_parameters()
-                    if p.grad is not None
-                },
-                "parts": parts,
-            }
-            trainer.optimizer.zero_grad()
-        if trainer.accelerator.is_main_process:
-            torch.save(saved, out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+        main(sys.argv[1], fsdp=sys.argv[2:] == ["fsdp"])

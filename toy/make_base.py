@@ -44,9 +44,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hints import teacher_messages
-from plumbing.answers import verify
 from plumbing.images import ImageTextProcessor
-from rollout import Question, encode_prompts, pad_prompts, sample_groups, student_messages
+from rollout import Question, encode_prompts, pad_prompts, sample_groups, student_messages, verify
 from toy import world
 
 BATCH_SIZE = 32
@@ -425,12 +424,10 @@ def print_table(model, processor, count: int = 400) -> None:
     }
     for context, chats in contexts.items():
         prompts = encode_prompts(processor, questions, chats)
-        groups = sample_groups(
-            model, processor, questions, prompts, 1, max_new_tokens=48, temperature=0.0
-        )
+        groups = sample_groups(model, processor, prompts, 1, max_new_tokens=48, temperature=0.0)
         right, right_by_family = [], {family: [] for family in world.FAMILIES}
         for question, [response] in zip(questions, groups, strict=True):
-            correct = verify(response.text, question.answer)
+            correct = verify(response.text, question)
             right.append(correct)
             right_by_family[question.family].append(correct)
         columns = [f"{name} {percent(part):5.1f}" for name, part in right_by_family.items()]

@@ -1,0 +1,109 @@
+"""From the command line to a finished run: what `python train.py` does around the loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+from accelerate.utils import set_seed
+
+from plumbing.check import check
+from plumbing.images import quiet_loading
+from plumbing.inputs import Inputs, read_inputs
+from plumbing.memory import plan, plan_table
+from plumbing.models import build
+from plumbing.page import write_page
+from plumbing.runs import (
+    Checkpoints,
+    Run,
+    RunFolder,
+    describe,
+    make_accelerator,
+    print_summary,
+    start_trackers,
+)
+from plumbing.settings import THIS_RUN, make_parser, read_settings
+from plumbing.study import audit
+
+
+def run_command(
+    config_class: type, trainer_class: type, loop: Callable, toy, groups: dict[str, type], argv=None
+) -> None:
+    """Read the settings and the inputs, do what they ask for, and print a summary.
+
+    config_class: train.TrainConfig; trainer_class: train.Trainer; loop: train.train; toy: the
+    embedded world, a package with `world` and `settings`; groups: the config classes by their title
+    in --help. Bad input ends the program before a model is loaded: one line, exit code 2.
+    """
+    parser = make_parser(groups, toy.settings.SETTINGS)
+    config = read_settings(config_class, parser, toy.settings.SETTINGS, argv)
+    page_only = config.report not in ("", THIS_RUN)
+    if page_only:  # the finished run's training questions are not read again
+        config = replace(config, data="", hints="", resume=config.report)
+    accelerator = make_accelerator(config)
+    try:
+        inputs = read_inputs(config, toy.world, accelerator.num_processes)
+        if page_only and not (inputs.folder / "model").is_dir():
+            raise ValueError(
+                f"--report {inputs.folder}: there is no trained model in it; is the run finished?"
+            )
+        checkpoints = Checkpoints(accelerator, inputs.folder, config.keep)
+        checkpoint, state = None, None
+        if config.resume and not page_only:
+            checkpoint, state = checkpoints.newest(inputs.stream, config)
+    except ValueError as error:
+        parser.error(str(error))
+    if config.plan:
+        parts = plan(config, config.plan, config.precision != "no")
+        return accelerator.print(plan_table(parts, config.plan))
+    quiet_loading()
+    if page_only:
+        return print(f"written: {write_page(inputs, config)}")
+    set_seed(config.seed, device_specific=True)
+    torch.set_flush_denormal(True)  # denormal floats make a CPU's matrix products slower by far
+    try:
+        student, reference = build(config, accelerator)
+    except ValueError as error:
+        parser.error(str(error))
+    accelerator.print(f"{describe(student, config, accelerator)}\n{inputs.note}")
+    trainer = trainer_class(
+        config, accelerator, inputs.processor, student, reference, inputs.same_answer
+    )
+    del student, reference
+    if config.audit_hints or config.check:
+        return inspect(trainer, inputs)
+    run_loop(trainer, loop, inputs, checkpoints, checkpoint, state)
+    if config.report:
+        accelerator.free_memory(trainer)  # the page loads its own two models
+        del trainer
+        print(f"a page to look at: {write_page(inputs, config)}")
+
+
+def inspect(trainer, inputs: Inputs) -> None:
+    """--audit-hints or --check: print a table and write nothing."""
+    if trainer.config.audit_hints:
+        return trainer.accelerator.print(audit(trainer, inputs.stream))
+    all_right, table = check(trainer, inputs.stream)
+    trainer.accelerator.print(table)
+    sys.exit(0 if all_right else 1)
+
+
+def run_loop(trainer, loop: Callable, inputs: Inputs, checkpoints, checkpoint, state) -> None:
+    """Train, save the model, print the summary. checkpoint, state: of a resumed run."""
+    config, accelerator = trainer.config, trainer.accelerator
+    accelerator.wait_for_everyone()  # every process has seen that the run's folder is new
+    step = state and state["step"]
+    folder = RunFolder(inputs.folder, asdict(config), accelerator.is_main_process, step)
+    if state:
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"going on from {checkpoint}")
+    start_trackers(accelerator, inputs.folder, config)
+    run = Run(folder, checkpoints, state)
+    summary = loop(trainer, inputs.stream, inputs.held_out, run)
+    folder.save_model(trainer)
+    if accelerator.is_main_process:
+        print_summary(summary, folder, trainer)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

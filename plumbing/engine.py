@@ -1,0 +1,189 @@
+"""Models, optimizer, micro-batches and processes: what the phases of train.Trainer stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from plumbing.answers import same_answer
+from plumbing.images import encode_images
+from plumbing.memory import micro_batches
+from plumbing.models import frozen_tower, weights_whole
+from rollout import Batch, Prompt, Response, banned_tokens, collate, sample_groups
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from plumbing.images import ImageTextProcessor
+    from plumbing.models import LoraReference, RunInForward
+    from train import TrainConfig
+
+
+class Engine:
+    """What one process holds during a run, and how it works with the others."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        processor: ImageTextProcessor,
+        student: RunInForward,
+        reference: RunInForward | LoraReference,
+        same: Callable[..., bool] = same_answer,
+    ):
+        self.config, self.accelerator, self.processor = config, accelerator, processor
+        self.reference, self.same_answer = reference, same
+        self.policy = student.model  # the language model; self.student is its wrapper
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        optimizer = make_optimizer(student, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup))
+        )
+        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        accelerator.register_for_checkpointing(self.schedule)
+        self.scoring = {
+            "temperature": config.temperature,
+            "banned": self.tensor(banned_tokens(self.policy, processor.tokenizer)),
+            "logits_mb": config.logits_mb,
+        }
+        self.skipped = 0  # steps without an update, as their gradient was not finite
+
+    @torch.no_grad()
+    def respond(self, prompts: list[Prompt], group_size: int, **settings) -> list[list[Response]]:
+        """rollout.sample_groups with the student; a frozen tower encodes each image once."""
+        config = self.config
+
+        def run(model):
+            with weights_whole(self.student):
+                if frozen_tower(config):
+                    encode_images(model, prompts)
+                return sample_groups(
+                    model,
+                    self.processor,
+                    prompts,
+                    group_size,
+                    max_new_tokens=config.max_new_tokens,
+                    sample_mb=config.sample_mb,
+                    generate=config.generate,
+                    **settings,
+                )
+
+        with self.accelerator.autocast():
+            return self.student(run) if self.sharded else run(self.policy)
+
+    @torch.no_grad()
+    def ask_reference(self, run: Callable):
+        """run(the frozen reference), without gradient."""
+        with self.accelerator.autocast():
+            return self.reference(run)
+
+    def clip_gradient(self) -> Tensor:
+        """Clip the gradient to config.grad_clip and return its norm before that."""
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # batches
+    def collate(
+        self, responses: list[Response], one_prompt_per_response=False, prompts=None
+    ) -> Batch:
+        """A batch of the responses, on their own prompts unless others are given."""
+        return collate(
+            prompts or [response.prompt for response in responses],
+            [response.ids for response in responses],
+            self.processor.tokenizer.pad_token_id,
+            self.accelerator.device,
+            one_prompt_per_response,
+        )
+
+    def micro_batches(self, responses: list[Response]) -> list[list[Response]]:
+        """plumbing.memory.micro_batches; sharded, as many of them on every process."""
+        config = self.config
+        batches = micro_batches(responses, config.micro_tokens, config.gradient_checkpointing)
+        if self.sharded:
+            [count] = self.largest(len(batches))
+            flags = {"in_loss": False, "tutored": False, "penalised": False}
+            idle = replace(responses[0], **flags, weights=(0.0, 0.0, 0.0))
+            batches += [[idle]] * (int(count) - len(batches))
+        return batches
+
+    def on_all_processes(self, needed: list, responses: list[Response]) -> list[Response]:
+        """`needed`; or, sharded, one stand-in where only another process needs a forward.
+
+        Sharded, all processes must run the same forwards.
+        """
+        if not self.sharded:
+            return needed
+        [count] = self.largest(len(needed))
+        if needed or not count:
+            return needed
+        return responses[:1]
+
+    # numbers
+    def merge_evaluations(self, right: list[str], tokens: int, questions: int) -> dict:
+        """One evaluation of the parts of all processes: ids of what was right, and counts."""
+        counts = torch.tensor([len(right), tokens, questions], dtype=torch.float64)
+        right_of_all, tokens_of_all, questions_of_all = self.sum_over_processes(counts).tolist()
+        return {
+            "accuracy": right_of_all / max(1, questions_of_all),
+            "length": tokens_of_all / max(1, questions_of_all),
+            "questions": int(questions_of_all),
+            "right": gather_object(right),
+        }
+
+    def tensor(self, values: list) -> Tensor:
+        """The values as a tensor on this process's device."""
+        return torch.tensor(values, device=self.accelerator.device)
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sums over all processes, on the CPU."""
+        return self.accelerator.reduce(values.to(self.accelerator.device)).cpu()
+
+    def mean_over_processes(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Means over all processes."""
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        means = self.sum_over_processes(values) / self.accelerator.num_processes
+        return dict(zip(numbers, means.tolist(), strict=True))
+
+    def largest(self, *values: float) -> list[float]:
+        """Each value's largest over all processes."""
+        return self.accelerator.gather(self.tensor([values])).amax(0).tolist()
+
+
+def make_optimizer(student: RunInForward, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on what is trained; weight decay on matrices alone, not on norms and biases."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    return torch.optim.AdamW([decayed, {"params": vectors, "weight_decay": 0.0}], lr=config.lr)
+
+
+def old_log_probs(responses: list[Response], logp: Tensor, mask: Tensor) -> Tensor:
+    """Log-probs (B, T) under pi_old: those recorded, or else the current ones: ratio 1.
+
+    logp (B, T): the current ones; mask (B, T) bool: the tokens in the loss. Detached.
+    """
+    recorded = [r.old_logp for r in responses if r.in_loss and r.old_logp is not None]
+    if not recorded:
+        return logp.detach()
+    return logp.detach().masked_scatter(mask, torch.cat(recorded))
+
+
+def monitors(responses: list[Response], logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """Two numbers that should be near 0, (2,): ratio_max and sampler_gap.
+
+    The largest |ratio - 1|, and the largest difference of a token's log-prob between scorer and
+    sampler at the time of sampling (0 from model.generate, which gives none).
+    """
+    sampler_logp = old_logp
+    if responses[0].logp is not None:
+        drawn = [x for response in responses if response.in_loss for x in response.logp]
+        sampler_logp = old_logp.masked_scatter(mask, torch.tensor(drawn, device=mask.device))
+    ratio = torch.exp(logp.detach() - old_logp)
+    return torch.stack([(ratio - 1).abs().max(), (old_logp - sampler_logp).abs().max()])
