@@ -1,10 +1,10 @@
 """The privileged side: what the teacher may read and the student never does.
 
 A hint says where to look, what to ignore and how to reason, never the answer (paper 2.3). It comes
-with the data, from an expert model that is shown the answer (`build_hint`), or from the frozen
-model's own attention (`attention_hint`). `teacher_messages` is the student's own chat, with the
-same images and the same format instruction, plus the hint. plumbing.spoilers says why a hint must
-not be used.
+with the data, from an expert model that is shown the answer (`build_hint`), or, ours, from the
+frozen model's own attention (`attention_hint`). `teacher_messages` is the student's own chat, with
+the same images and the same format instruction, plus the hint. plumbing.spoilers says why a hint
+must not be used, plumbing.hint_rules why the builder asks for another one.
 
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL
 """
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from plumbing.hint_rules import broken_rules
 from plumbing.images import open_image
 from plumbing.places import ORDINALS, in_pixels, place_words, regions
 from plumbing.spoilers import find_spoilers
@@ -36,10 +37,11 @@ from rollout import (
 # ------------------------------------------------------------------------------------------- hints
 @dataclass(frozen=True)
 class Hint:
-    """Privileged guidance in three parts; each is a tuple of short phrases, and one is not empty.
+    """Privileged guidance in three parts, each a tuple of short phrases, at least one not empty.
 
-    look: regions, objects and relations to attend to. ignore: distractors. steps: high-level
-    directions, in order. Raises ValueError for anything else.
+    look: regions, objects and relations to attend to. ignore: distractors. (The paper's spatial
+    guidance.) steps: high-level directions, in order (its textual guidance). The split into three
+    fields is ours. Raises ValueError for anything else.
     """
 
     look: tuple[str, ...] = ()
@@ -77,10 +79,6 @@ class Hint:
             if phrases:
                 lines.append(f"- {name}: {'; '.join(phrase.rstrip('.') for phrase in phrases)}.")
         return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """One line of JSON with the three lists."""
-        return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, value: str | dict) -> Hint:
@@ -127,7 +125,9 @@ def teacher_messages(question: Question, context: str = "hint") -> list[dict] | 
 def screen_hints(questions: list[Question], tokenizer, max_tokens: int) -> dict[str, list[str]]:
     """Take away every hint that holds a spoiler or is longer than max_tokens; none is cut.
 
-    Returns the questions' ids by reason. A question without a hint stays and is never tutored.
+    Returns the questions' ids by reason. A question without a hint stays and is never tutored. The
+    rules of plumbing.hint_rules are the builder's: a hint that comes with the data need not keep
+    them.
     """
     dropped = {"spoilers": [], "too long": []}
     for question in questions:
@@ -145,22 +145,30 @@ def screen_hints(questions: list[Question], tokenizer, max_tokens: int) -> dict[
 
 
 # --------------------------------------------------------------------------- hints from an expert
+# The paper's three constraints and two kinds of guidance (2.3, appendix C), in our own words.
 INSTRUCTION = """\
-You write hints for a tutor. You are shown a picture, a question and its verified answer. The answer
-is for your eyes only: whoever reads the hint must still have to find it. Reply with one JSON object
-and nothing else:
+You write hints for a tutor. You are shown a question, its picture if it has one, and its verified
+answer. The answer is for your eyes only: whoever reads the hint must still have to find it. Reply
+with one JSON object and nothing else:
 {"look": [...], "ignore": [...], "steps": [...]}
-look: one to three phrases, the regions, objects and relations that matter. ignore: up to three
-phrases, what distracts. steps: one to four phrases in order, what to compare, read or count;
-directions, not a worked solution. Imperative, 40 to 150 words in all.
-Never write: the answer or any part of it, in any form; an option's letter or text; a count, value
-or intermediate result that you found; the name of an object if that name is the answer; "the answer
-is". A number that stands in the question may be cited."""
-LONGEST_HINT = 200  # words; the instruction asks for at most 150
+look: one to three phrases, the regions, objects and relations that matter; with a picture at least
+one, never just "the picture". ignore: up to three phrases. steps: one to four phrases in order,
+high-level directions: what to compare, read, count or set in relation. Three constraints:
+1. Truth: each phrase agrees with a correct way to the verified answer.
+2. No spoilers. Never write the answer or any part of it, in any form; an option's letter or text; a
+count, value or intermediate result that you found; the name of an object if it tells the answer;
+"the answer is". Do not carry out the solution. A number of the question may be cited, and a
+relation or formula may be named without its result.
+3. No traps: name what distracts in the picture and the usual mistakes, so that they can be ignored.
+Concise, imperative, 40 to 120 words; a little more where a step is hard to see or reason."""
 
 
 class Rejected(Exception):
     """A reply that is no usable hint. str: the reason, "kind: detail"."""
+
+
+class CutOff(Rejected):
+    """A reply that reached the token budget."""
 
 
 class NoReply(Exception):
@@ -186,40 +194,46 @@ def parse_reply(reply: str) -> Hint:
     if not isinstance(value, dict):
         raise Rejected("not a JSON object")
     try:
-        hint = Hint.from_json(value)
+        return Hint.from_json(value)
     except (ValueError, TypeError) as error:
         raise Rejected(f"wrong fields: {error}") from None
-    words = len(hint.render().split())
-    if words > LONGEST_HINT:
-        raise Rejected(f"too long: {words} words")
-    return hint
 
 
 def build_hint(
-    ask: Callable[[Question, list[dict]], str], question: Question, max_tries: int = 3
+    ask: Callable[[Question, list[dict]], str],
+    question: Question,
+    max_tries: int = 3,
+    retry_cut_off: bool = True,
 ) -> tuple[Hint | None, list[list[str]]]:
     """Ask an expert for a hint until one passes; None after max_tries. Also the reasons, per reply.
 
     ask(question, chat) -> reply text. The chat has {"type": "image"} parts. `ask` may raise
-    Rejected (a refusal, a reply that is cut off), which costs a try, or NoReply, which is passed
-    on. After a rejection the chat goes on with the reasons. The paper builds hints offline, keeps
-    the answer private to the builder, and makes a hint that breaks a rule again (2.3, appendix C).
+    Rejected (a refusal), which costs a try, CutOff, which ends the tries where not retry_cut_off,
+    or NoReply, which is passed on. A hint passes if it holds no spoiler (plumbing.spoilers), names
+    a place to look at where there is a picture, and is no worked solution (plumbing.hint_rules).
+    After a rejection the next chat is the task, the rejected reply and the reasons. As in the
+    paper, hints are built offline, the answer is the builder's alone, and a hint that breaks a rule
+    is made again (2.3, appendix C).
     """
     options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(question.choices or ())]
     task = "\n".join([INSTRUCTION, "", f"Question: {question.text}", *options])
     task += f"\nVerified answer (never in the hint): {question.answer}"
     messages, rejected = [user_turn(question, task)], []
     for _ in range(max_tries):
-        reply = ""
+        reply, give_up = "", False
         try:
             reply = ask(question, messages)
             hint = parse_reply(reply)
             reasons = find_spoilers(hint.text, question.text, question.answer, question.choices)
+            reasons += broken_rules(**asdict(hint), question=question.text, images=question.images)
         except Rejected as reason:
             reasons = [str(reason)]
+            give_up = isinstance(reason, CutOff) and not retry_cut_off
         if not reasons:
             return hint, rejected
         rejected.append(reasons)
+        if give_up:
+            break
         messages = [messages[0], *_ask_again(reply, reasons)]
     return None, rejected
 

@@ -7,7 +7,9 @@ regions the model itself looks at); without --data the questions are built-in pu
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME_OR_PATH
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model PATH --source attention
 
-Each line of the output is one question: its hint, or null with the reasons.
+With --fallback-model a second expert is asked where the first one gives no hint that passes. Each
+line of the output is one question: its hint and who wrote it, or null, and the reasons against the
+replies that were rejected.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from hints import attention_hint, build_hint
 from plumbing.data import load_questions
-from plumbing.experts import load_expert, local_expert, server_expert
+from plumbing.experts import late_expert, load_expert, local_expert, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
 from plumbing.images import open_image, quiet_loading
 from rollout import Question
@@ -42,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Build hints, one JSON line per question; resumable.",
     )
     _add_questions_and_model(parser)
+    _add_fallback(parser)
     _add_limits(parser)
     return parser.parse_args(argv)
 
@@ -77,12 +80,33 @@ def _add_questions_and_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_fallback(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--fallback-model",
+        default="",
+        help="a second expert, asked where the first one gives no hint that passes within --tries, "
+        "or where its reply is cut off",
+    )
+    add(
+        "--fallback-api-base",
+        default="",
+        help="the second expert's server; its key is read from FALLBACK_API_KEY "
+        "[a local model, loaded when it is first needed]",
+    )
+
+
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tries", type=int, default=3, help="replies asked for until one passes [3]")
+    add("--tries", type=int, default=3, help="replies per expert until one passes [3]")
     add("--parallel", type=int, default=8, help="questions at a time, with --api-base [8]")
-    add("--timeout", type=float, default=300, help="seconds to wait for the server [300]")
-    add("--max-new-tokens", type=int, default=4096, help="longest reply, thinking included [4096]")
+    add("--timeout", type=float, default=1200, help="seconds to wait for a reply [1200]")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=16384,
+        help="longest reply in tokens, thinking included [16384, the paper's]",
+    )
     add("--limit", type=int, help=f"only the first questions [{PUZZLES} puzzles, or all of --data]")
     add("--layers", default="", help="FIRST-LAST, with --source attention [the middle half]")
     add("--overlay", default="", help="folder for a picture of each map, with --source attention")
@@ -93,6 +117,10 @@ def check_args(args: argparse.Namespace) -> None:
     attention = args.source == "attention"
     if (attention and args.api_base) or (args.overlay and not attention):
         raise ValueError("--api-base is for --source expert, --overlay for --source attention")
+    if attention and args.fallback_model:
+        raise ValueError("--fallback-model is for --source expert")
+    if args.fallback_api_base and not args.fallback_model:
+        raise ValueError("--fallback-api-base needs --fallback-model")
     numbers = [args.tries, args.parallel, args.timeout, args.max_new_tokens]
     if args.limit is not None:
         numbers.append(args.limit)
@@ -114,16 +142,56 @@ def parse_layers(text: str) -> tuple[int, int] | None:
 
 
 # -------------------------------------------------------------------------- the two ways of work
-def expert_work(args: argparse.Namespace) -> Callable[[Question], dict]:
-    """work for write_hints: an expert that is shown the answer writes the hint."""
+@dataclass(frozen=True)
+class Expert:
+    """An expert's name for the record, its `ask` for build_hint, and what a cut-off reply means.
+
+    retry_cut_off: a reply that is cut off costs one try; without it, all of the expert's tries.
+    """
+
+    name: str
+    ask: Callable[[Question, list[dict]], str]
+    retry_cut_off: bool
+
+
+def choose_experts(args: argparse.Namespace) -> list[Expert]:
+    """The expert of --model, and the one of --fallback-model if it is given."""
+    limits = (args.timeout, args.max_new_tokens)
     if args.api_base:
-        ask = server_expert(args.api_base, args.model, args.timeout, args.max_new_tokens)
+        ask = server_expert(args.api_base, args.model, *limits)
     else:
         ask = local_expert(args.model, args.max_new_tokens)
+    experts = [Expert(args.model, ask, retry_cut_off=not args.fallback_model)]
+    if args.fallback_api_base:
+        ask = server_expert(
+            args.fallback_api_base, args.fallback_model, *limits, key_name="FALLBACK_API_KEY"
+        )
+        experts.append(Expert(args.fallback_model, ask, retry_cut_off=True))
+    elif args.fallback_model:
+        ask = late_expert(args.fallback_model, args.max_new_tokens)
+        experts.append(Expert(args.fallback_model, ask, retry_cut_off=True))
+    return experts
+
+
+def expert_work(args: argparse.Namespace) -> Callable[[Question], dict]:
+    """work for write_hints: an expert that is shown the answer writes the hint.
+
+    The second expert is for what the first one cannot do, as in the paper (appendix C): it gets the
+    same prompt and as many tries, where the first one used up its tries or its token budget. The
+    record's "rejected" holds the reasons against both, in order; "by" is who wrote the hint, or,
+    without a hint, who was asked last. An expert that cannot be reached (NoReply) has not failed at
+    the question. So the other one is not asked, and the next run starts the question anew.
+    """
+    experts = choose_experts(args)
 
     def work(question: Question) -> dict:
-        hint, rejected = build_hint(ask, question, args.tries)
-        return {"hint": asdict(hint) if hint else None, "rejected": rejected, "by": args.model}
+        rejected = []
+        for expert in experts:
+            hint, reasons = build_hint(expert.ask, question, args.tries, expert.retry_cut_off)
+            rejected += reasons
+            if hint:
+                break
+        return {"hint": asdict(hint) if hint else None, "rejected": rejected, "by": expert.name}
 
     return work
 
@@ -175,16 +243,18 @@ def overlay(image: Image.Image, heat: Tensor, boxes: list[list[int]]) -> Image.I
 
 # -------------------------------------------------------------------------------------- the run
 def results_table(records: dict[str, dict], wanted: int) -> str:
-    """The last lines of the command: acceptance per try, and the reasons of rejected replies.
+    """The last lines of the command: acceptance per try, hints per expert, reasons of rejection.
 
     records: as load_hints gives them. wanted: the number of questions asked for. A reply counts
-    once per kind of reason, however often it gave that reason.
+    once per kind of reason, however often it gave that reason. A try counts on from one expert to
+    the next.
     """
-    tries, reasons = Counter(), Counter()
+    tries, authors, reasons = Counter(), Counter(), Counter()
     for record in records.values():
         rejected = record.get("rejected", [])
         if record["hint"]:
             tries[len(rejected) + 1] += 1
+            authors[record.get("by", "not named")] += 1
         for reply_reasons in rejected:
             reasons.update({reason.partition(":")[0] for reason in reply_reasons})
     with_hint = sum(tries.values())
@@ -194,6 +264,9 @@ def results_table(records: dict[str, dict], wanted: int) -> str:
         f"left without {len(records) - with_hint}, "
         f"not answered yet {max(0, wanted - len(records))}"
     ]
+    if authors:
+        lines += ["", f"{'written by':40s}{'hints':>8s}"]
+        lines += [f"{author:40s}{count:8d}" for author, count in authors.most_common()]
     if reasons:
         lines += ["", f"{'replies rejected because':40s}{'replies':>8s}"]
         lines += [f"{kind:40s}{count:8d}" for kind, count in reasons.most_common()]

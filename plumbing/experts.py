@@ -8,14 +8,16 @@ from __future__ import annotations
 import base64
 import io
 import os
+import threading
 import time
+from collections.abc import Callable
 
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import AutoModelForImageTextToText
 
-from hints import NoReply, Rejected
+from hints import CutOff, NoReply, Rejected
 from plumbing.images import load_processor, open_image
 from rollout import Question, encode_prompts, sample_groups
 
@@ -43,8 +45,8 @@ def load_expert(path: str):
 def local_expert(path: str, max_new_tokens: int):
     """`ask` for build_hint: a vision-language model by hub name or path.
 
-    ask(question, messages) returns the text of the reply. It raises Rejected where the reply
-    reaches max_new_tokens tokens.
+    ask(question, messages) returns the text of the reply. It raises CutOff where the reply reaches
+    max_new_tokens tokens.
     """
     processor, model = load_expert(path)
 
@@ -68,18 +70,43 @@ def local_expert(path: str, max_new_tokens: int):
     return ask
 
 
-def server_expert(base_url: str, model: str, timeout: float, max_new_tokens: int):
+def late_expert(path: str, max_new_tokens: int):
+    """`ask` for build_hint: a local_expert that is loaded when it is first asked.
+
+    It may be asked from several threads; it answers one of them at a time. A model that cannot be
+    loaded raises ValueError, which ends the run: what was written so far stays.
+    """
+    lock = threading.Lock()
+    loaded: list[Callable] = []
+
+    def ask(question: Question, messages: list[dict]) -> str:
+        with lock:
+            if not loaded:
+                try:
+                    loaded.append(local_expert(path, max_new_tokens))
+                except (OSError, ValueError) as error:
+                    reason = str(error).partition("\n")[0]
+                    raise ValueError(f"--fallback-model {path}: {reason}") from None
+            return loaded[0](question, messages)
+
+    return ask
+
+
+def server_expert(
+    base_url: str, model: str, timeout: float, max_new_tokens: int, key_name: str = "OPENAI_API_KEY"
+):
     """`ask` for build_hint: a model behind an OpenAI-compatible server.
 
-    timeout: seconds per request. ask(question, messages) returns the text of the reply. Time-outs,
-    lost connections, HTTP 408, 409, 429 and 5xx, and bodies that are no chat reply are tried
-    ATTEMPTS times. Then ask raises NoReply. HTTP 401, 403 and 404 raise ValueError, because every
-    other question would fail too. Any other HTTP error, an empty reply and a reply of
-    max_new_tokens tokens raise Rejected.
+    timeout: seconds per request. key_name: the environment variable that holds the server's key.
+    ask(question, messages) returns the text of the reply. Time-outs, lost connections, HTTP 408,
+    409, 429 and 5xx, and bodies that are no chat reply are tried ATTEMPTS times. Then ask raises
+    NoReply. HTTP 401, 403 and 404 raise ValueError, because every other question would fail too.
+    A reply of max_new_tokens tokens raises CutOff; any other HTTP error and an empty reply raise
+    Rejected.
     """
     # TRAP: without a key of its own, InferenceClient sends the user's saved Hugging Face token to
     # whatever server this is.
-    key = os.environ.get("OPENAI_API_KEY") or "none"
+    key = os.environ.get(key_name) or "none"
     client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout)
     options = {"model": model, "max_tokens": max_new_tokens, "temperature": TEMPERATURE}
 
@@ -91,7 +118,7 @@ def server_expert(base_url: str, model: str, timeout: float, max_new_tokens: int
             try:
                 choice = client.chat_completion(chat, **options).choices[0]
             except HfHubHTTPError as error:
-                failure = _temporary_failure(error.response.status_code, base_url)
+                failure = _temporary_failure(error.response.status_code, base_url, key_name)
             except NO_CHAT_REPLY as error:
                 failure = type(error).__name__
             else:
@@ -123,12 +150,13 @@ def _data_url(image) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
-def _temporary_failure(status: int, base_url: str) -> str:
+def _temporary_failure(status: int, base_url: str, key_name: str) -> str:
     """The name of an HTTP failure that may pass. Raises ValueError or Rejected for any other."""
     failure = f"HTTP {status}"
     if status in NO_ACCESS:
         raise ValueError(
-            f"{base_url} answers {failure}: check --api-base, --model and the key in OPENAI_API_KEY"
+            f"{base_url} answers {failure}: check this address, the model's name and the key in "
+            f"{key_name}"
         ) from None
     if status not in TRY_AGAIN and status < 500:
         raise Rejected(f"refused by the server: {failure}") from None
@@ -136,7 +164,7 @@ def _temporary_failure(status: int, base_url: str) -> str:
 
 
 def _reply_text(choice, max_new_tokens: int) -> str:
-    """The text of a chat completion's choice. Raises Rejected where it is cut off or empty."""
+    """The text of a chat completion's choice. Raises CutOff, or Rejected where it is empty."""
     if choice.finish_reason == "length":
         raise _cut_off(max_new_tokens)
     if not choice.message.content:
@@ -144,5 +172,5 @@ def _reply_text(choice, max_new_tokens: int) -> str:
     return choice.message.content
 
 
-def _cut_off(max_new_tokens: int) -> Rejected:
-    return Rejected(f"cut off: the reply reached {max_new_tokens} tokens")
+def _cut_off(max_new_tokens: int) -> CutOff:
+    return CutOff(f"cut off: the reply reached {max_new_tokens} tokens")

@@ -143,16 +143,18 @@ def kind(reasons):
 
 
 # Behaviour of the server: question text -> replies to the first and to every later request.
-SPOILER = chat_reply(json.dumps({"steps": ["count the seven bars"]}))
+SPOILER = chat_reply(json.dumps({"look": ["the bars"], "steps": ["count the seven bars"]}))
 FINE = chat_reply(GOOD)
+CUT = chat_reply(GOOD, "length")
+EMPTY = chat_reply("")
 BEHAVIOUR = {
     "good": (FINE, FINE),
     "slow once": (FINE, FINE),
     "spoils once": (SPOILER, FINE),
     "spoils": (SPOILER, SPOILER),
     "prose": (chat_reply("The bars are nice."),) * 2,
-    "cut": (chat_reply(GOOD, "length"),) * 2,
-    "refusal": (chat_reply(""),) * 2,
+    "cut": (CUT, CUT),
+    "refusal": (EMPTY, EMPTY),
     "bad request": ((400, {"error": "x"}),) * 2,
     "busy once": ((429, {}), FINE),
     "broken once": ((500, b"oops"), FINE),
@@ -211,6 +213,7 @@ def test_a_server_that_does_everything_wrong(serve, tmp_path, capsys, monkeypatc
     printed = capsys.readouterr()
     tries = "questions 13, with a hint 7 (6 at try 1, 1 at try 2)"
     assert f"{tries}, left without 5, not answered yet 1" in printed.out
+    assert re.search(r"written by +hints\nm +7\n", printed.out)
     assert re.search(r"not a JSON object +2\n", printed.out)
     assert re.search(r"holds the answer's number +3\n", printed.out)
     assert "sesame" not in printed.out + printed.err + (tmp_path / "h.jsonl").read_text()
@@ -253,6 +256,147 @@ def test_single_failures_do_not_end_the_run_and_limit_takes_the_first(serve, tmp
     assert "not answered yet 4" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------- a second expert
+OMITS = chat_reply(json.dumps({"steps": ["compare the bars"]}))
+FIVE_STEPS = chat_reply(
+    json.dumps({"look": ["the bars"], "steps": ["see", "read", "note", "go"] * 2})
+)
+
+
+def fallback_command(first, second, folder, *options):
+    """Run the command with two servers; two tries per expert."""
+    fallback = ["--fallback-model", "second", "--fallback-api-base", second.url]
+    return command(first, folder, "--tries", "2", *fallback, *options)
+
+
+def test_the_second_expert_answers_what_the_first_cannot(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    monkeypatch.setenv("FALLBACK_API_KEY", "thyme")
+    replies = {
+        "good": FINE,
+        "refuses": EMPTY,
+        "cuts off": CUT,
+        "spoils": SPOILER,
+        "omits": OMITS,
+        "solves": FIVE_STEPS,
+        "both fail": SPOILER,
+    }
+    write_data(tmp_path, list(replies))
+    first = serve(lambda question, before: replies[question])
+    second = serve(lambda question, before: CUT if question == "both fail" else FINE)
+    assert fallback_command(first, second, tmp_path) == 0
+
+    records = {record["question"]: record for record in hints_lines(tmp_path)}
+    authors = {text: record["by"] for text, record in records.items()}
+    assert authors == {text: "m" if text == "good" else "second" for text in replies}
+    kinds = {
+        text: [kind(reasons) for reasons in record["rejected"]] for text, record in records.items()
+    }
+    assert kinds == {
+        "good": [],
+        "refuses": ["refused"] * 2,
+        "cuts off": ["cut off"],  # a second reply of that length would cost too much
+        "spoils": ["holds the answer's number"] * 2,
+        "omits": ["omits the visual evidence"] * 2,
+        "solves": ["is a worked solution"] * 2,
+        "both fail": ["holds the answer's number"] * 2 + ["cut off"] * 2,
+    }
+    assert {text for text, record in records.items() if not record["hint"]} == {"both fail"}
+    assert set(second.asked) == set(replies) - {"good"}
+
+    # the same prompt, without the first expert's replies, and each server with its own key
+    prompts = {body["messages"][0]["content"][-1]["text"] for _, _, body in first.requests}
+    assert {body["messages"][0]["content"][-1]["text"] for _, _, body in second.requests} < prompts
+    assert [len(body["messages"]) for _, _, body in second.requests].count(1) == 6
+    assert {authorization for _, authorization, _ in first.requests} == {"Bearer sesame"}
+    assert {authorization for _, authorization, _ in second.requests} == {"Bearer thyme"}
+    assert {body["model"] for _, _, body in second.requests} == {"second"}
+    assert {body["max_tokens"] for _, _, body in first.requests + second.requests} == {16384}
+
+    printed = capsys.readouterr()
+    assert re.search(r"written by +hints\nsecond +5\nm +1\n", printed.out)
+    asked = first.asked.total(), second.asked.total()
+    assert fallback_command(first, second, tmp_path) == 0  # nothing is left to do
+    assert (first.asked.total(), second.asked.total()) == asked
+
+
+def test_an_expert_that_is_down_leaves_the_question_for_the_next_run(serve, tmp_path, capsys):
+    write_data(tmp_path, ["first down", "second down", "fine"])
+    up = []
+
+    def first_expert(question, before):
+        if question == "first down" and not up:
+            return 503, {}
+        return EMPTY if question == "second down" else FINE
+
+    def second_expert(question, before):
+        return FINE if up else (503, {})
+
+    first, second = serve(first_expert), serve(second_expert)
+    assert fallback_command(first, second, tmp_path) == 0
+    assert [record["question"] for record in hints_lines(tmp_path)] == ["fine"]
+    assert set(second.asked) == {"second down"}
+    assert "not answered yet 2" in capsys.readouterr().out
+    up.append(True)
+    assert fallback_command(first, second, tmp_path) == 0
+    authors = {record["question"]: record["by"] for record in hints_lines(tmp_path)}
+    assert authors == {"fine": "m", "first down": "m", "second down": "second"}
+
+
+def test_a_second_expert_without_access_ends_the_run(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    monkeypatch.delenv("FALLBACK_API_KEY", raising=False)
+    write_data(tmp_path, ["a", "b", "c"])
+    first = serve(lambda question, before: EMPTY)
+    second = serve(lambda question, before: (401, {"error": "no key"}))
+    assert fallback_command(first, second, tmp_path, "--parallel", "1") == 1
+    assert second.requests[0][1] == "Bearer none"  # the first server's key stays there
+    printed = capsys.readouterr().err
+    assert second.url in printed
+    assert "HTTP 401" in printed and "FALLBACK_API_KEY" in printed
+
+
+def test_a_local_second_expert_is_loaded_once_and_only_if_needed(serve, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(path, max_new_tokens):
+        loaded.append((path, max_new_tokens))
+        time.sleep(0.2)
+        return lambda question, messages: GOOD
+
+    monkeypatch.setattr(experts, "local_expert", load)
+    write_data(tmp_path, [f"question {i}" for i in range(4)])
+    fallback = ["--fallback-model", "local", "--max-new-tokens", "99"]
+    good = serve(lambda question, before: FINE)
+    assert command(good, tmp_path, *fallback) == 0
+    assert loaded == []
+    (tmp_path / "h.jsonl").unlink()
+    refuses = serve(lambda question, before: EMPTY)
+    assert command(refuses, tmp_path, *fallback, "--parallel", "4") == 0
+    assert loaded == [("local", 99)]
+    assert [record["by"] for record in hints_lines(tmp_path)] == ["local"] * 4
+
+
+def test_a_second_expert_that_cannot_be_loaded_ends_the_run_in_one_line(
+    serve, tmp_path, capsys, monkeypatch
+):
+    write_data(tmp_path, ["fine", "refused"])
+    server = serve(lambda question, before: FINE if question == "fine" else EMPTY)
+    options = ["--fallback-model", str(tmp_path / "no-model"), "--parallel", "1"]
+    assert command(server, tmp_path, *options) == 1
+    assert [record["question"] for record in hints_lines(tmp_path)] == ["fine"]
+    stopped = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.startswith(f"stopped: --fallback-model {tmp_path / 'no-model'}: ")
+
+    def load(path, max_new_tokens):
+        raise OSError("no model\nand a page of advice")
+
+    monkeypatch.setattr(experts, "local_expert", load)
+    assert command(server, tmp_path, *options) == 1
+    assert capsys.readouterr().err.endswith("no-model: no model\n")
+
+
+# ------------------------------------------------------------------------------- the command
 def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
     def slow(question, before):
         time.sleep(0.05)
@@ -282,6 +426,8 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
     [
         (["--source", "attention", "--api-base", "http://x"], "--api-base is for"),
         (["--overlay", "maps"], "--overlay for"),
+        (["--fallback-api-base", "http://x"], "--fallback-api-base needs --fallback-model"),
+        (["--source", "attention", "--fallback-model", "m"], "--fallback-model is for"),
         (["--tries", "0"], "must be above 0"),
         (["--limit", "0"], "must be above 0"),
         (["--layers", "3"], "FIRST-LAST"),

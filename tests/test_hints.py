@@ -1,6 +1,7 @@
 """hints.py: the hint, the teacher's chat, hints from an expert and from attention."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ Hint:
 
 # -------------------------------------------------------------------------------------------- hints
 def test_json_both_ways():
-    assert Hint.from_json(HINT.to_json()) == HINT
-    assert Hint.from_json(json.loads(HINT.to_json())) == HINT
+    assert Hint.from_json(json.dumps(asdict(HINT))) == HINT
+    assert Hint.from_json(asdict(HINT)) == HINT
     assert Hint.from_json("Compare the two bars.") == Hint(steps=("Compare the two bars.",))
 
 
@@ -147,7 +148,6 @@ def test_replies_that_are_hints(reply):
         ('{"look": [7]}', "wrong fields"),
         ('{"look": ["a"], "answer": ["7"]}', "wrong fields"),
         ("[" * 10**5, "not a JSON object"),
-        (json.dumps({"look": ["word " * 201]}), "too long"),
         (f"<think>{GOOD}", "not a JSON object"),
     ],
 )

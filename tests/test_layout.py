@@ -7,15 +7,19 @@ import pytest
 from conftest import ROOT
 
 # lines of code that each of the five may have; together 1,200
-FIVE = {"losses": 250, "ptdpo": 130, "rollout": 280, "hints": 230, "train": 300}
+FIVE = {"losses": 250, "ptdpo": 160, "rollout": 280, "hints": 230, "train": 300}
 # what each of the five may import of ours; train may import everything
 ALLOWED = {
     "losses": set(),
     "ptdpo": {"losses", "plumbing.settings"},
     "rollout": {f"plumbing.{name}" for name in ("answers", "decoding", "images", "memory")},
-    "hints": {"rollout", "plumbing.images", "plumbing.places", "plumbing.spoilers"},
+    "hints": {
+        "rollout",
+        *(f"plumbing.{name}" for name in ("hint_rules", "images", "places", "spoilers")),
+    },
 }
-COMMANDS = {"train", "plumbing.build_hints"}  # they alone know the embedded world
+# they alone know the embedded world
+COMMANDS = {"train", "plumbing.build_hints", "plumbing.slow_motion"}
 
 
 def module_name(path: Path) -> str:
@@ -103,7 +107,8 @@ def test_the_five_import_one_way(module):
 
 def test_nothing_imports_train_and_the_commands_alone_know_the_world():
     for module in TREES:
-        assert "train" not in ours(module), module
+        if module != "plumbing.slow_motion":  # it shows a step of train.Trainer
+            assert "train" not in ours(module), module
         if module not in COMMANDS and not module.startswith("toy"):
             assert not any(name.startswith("toy") for name in ours(module)), module
 
