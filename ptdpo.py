@@ -1,17 +1,17 @@
 """PTD-PO on two pages: who is tutored, and what the loss is. (arXiv 2606.07000)
 
 A question's G responses are verified and get group-relative advantages, as in GRPO. A response that
-failed is tutored if its group is not already good enough and its question has a usable hint: the
-frozen reference model reads the same image and question plus the hint and scores that response. The
-student, who never reads the hint, is pulled toward the reference's distribution, token by token.
+failed is tutored if its group is not already good enough and its question has a usable hint. The
+teacher then scores that response: the frozen reference model, which reads the same image and
+question plus the hint. The student, who never reads the hint, is pulled toward the teacher's
+distribution, token by token. The KL penalty uses the same frozen model without the hint.
 
-    L  =  policy loss (all responses)
-        + beta_kl * KL penalty (responses of groups without tutoring)
-        + lam * tutoring loss (tutored responses)                                          Eq. 12
+    L  =  policy loss  +  beta_kl * KL penalty  +  lam * tutoring loss                     Eq. 3, 12
 
 Each of the three terms is a mean, and each mean is a weighted sum over tokens whose weight depends
 on the response alone. So three tables of weights are computed once per optimizer step, over all
-micro-batches and all processes, and a micro-batch only multiplies.
+micro-batches and all processes, and a micro-batch only multiplies. The defaults are the paper's;
+plumbing/recipes.py lists the settings of the release and of related methods.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from plumbing.settings import check_bounds, option
 
 @dataclass
 class PTDPOConfig:
-    """The method's settings. Defaults are the paper's or, where it is silent, the release's."""
+    """The method's settings. The defaults are the paper's."""
 
     tau: float = option(
         1.0, "tutor groups whose accuracy is below this (paper: 1.0)", above=0, at_most=1
     )
     lam: float = option(
-        0.05,
-        "weight of the tutoring loss; 0 is GRPO (paper: 0.05 for 2B and 8B, 0.5 for 4B)",
-        at_least=0,
+        0.05, "weight of the tutoring loss; 0: none (paper: 0.05 or 0.5)", at_least=0
+    )
+    tutor_mean: str = option(
+        "question",
+        "tutoring loss: mean per question, then over questions (paper: Eq. 11), or one mean over "
+        "all tutored tokens of the step",
+        choices=("question", "step"),
     )
     jsd_k: int = option(
         100, "tokens that each model puts into the divergence's support (paper: 100)", at_least=1
@@ -52,36 +56,48 @@ class PTDPOConfig:
     )
     ratio: str = option(
         "token",
-        "importance ratio: one per token, or one per sequence (GSPO; the paper runs both)",
+        "importance ratio: one per token (paper: Eq. 2), or one per sequence (GSPO)",
         choices=("token", "sequence"),
     )
     aggregate: str = option(
-        "token",
-        "policy loss: mean over tokens (release), over sequences' means (GSPO), or over a fixed "
-        "length (Dr. GRPO)",
-        choices=("token", "sequence", "fixed"),
+        "response",
+        "policy loss and KL: mean per response, then over responses (paper: Eq. 3), over all "
+        "tokens (DAPO, release), or over a fixed length (Dr. GRPO)",
+        choices=("response", "token", "fixed"),
     )
-    beta_kl: float = option(
-        0.01, "weight of the KL penalty in groups without tutoring (paper: 0.01)", at_least=0
+    scale_advantages: bool = option(
+        True, "divide advantages by the group's standard deviation (paper: Eq. 1; not Dr. GRPO)"
+    )
+    beta_kl: float = option(0.01, "weight of the KL penalty (paper: 0.01)", at_least=0)
+    kl_on: str = option(
+        "all",
+        "KL penalty on all responses (paper: Eq. 3), or in groups without tutoring (release)",
+        choices=("all", "untutored"),
     )
     clip_low: float = option(
-        0.2, "the ratio is clipped below at 1 - this (release)", at_least=0, below=1
+        0.2, "the ratio is clipped below at 1 - this (paper: symmetric)", at_least=0, below=1
     )
-    clip_high: float = option(0.3, "the ratio is clipped above at 1 + this (release)", at_least=0)
+    clip_high: float = option(
+        0.2, "the ratio is clipped above at 1 + this (paper: symmetric)", at_least=0
+    )
     dual_clip: float = option(
-        3.0, "bound on the loss where the advantage is negative, times |A| (release)", above=1
+        0.0,
+        "where A < 0, the loss is at most this times |A|; 0: no such bound (release: 3)",
+        at_least=0,
     )
 
     def __post_init__(self):
         check_bounds(self)
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(f"--dual-clip must be 0 or above 1, got {self.dual_clip}")
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """(N, G) rewards -> (N, G) advantages, (r - mean) / (std + eps) within each group (Eq. 1).
 
-    std is the unbiased one, as in the common implementations of GRPO (arXiv 2402.03300). A group
-    with equal rewards gets exactly 0: nothing is learnt from it (Eq. 67-69). Raises ValueError
-    where G < 2.
+    std is the unbiased one, as in the common implementations of GRPO (arXiv 2402.03300). scale
+    False: r - mean (Dr. GRPO, arXiv 2503.20783). A group with equal rewards gets exactly 0: nothing
+    is learnt from its rewards (Eq. 67-69). Raises ValueError where G < 2.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(
@@ -90,16 +106,16 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)
     # asked of the rewards: the mean of equal floats need not equal them
     all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    scaled = centred / (rewards.std(1, keepdim=True) + eps)
-    return torch.where(all_equal, torch.zeros_like(scaled), scaled)
+    advantages = centred / (rewards.std(1, keepdim=True) + eps) if scale else centred
+    return torch.where(all_equal, torch.zeros_like(advantages), advantages)
 
 
 def route(correct: Tensor, can_tutor: Tensor, tau: float = 1.0) -> Tensor:
     """Which responses are tutored, (N, G) bool: the failed ones of groups below tau (Eq. 7, 8).
 
     correct (N, G) bool, from the verifier and never from the reward, whose scale differs between
-    recipes. can_tutor (N,) bool: the teacher has something to read that the student has not. A
-    group is tutored where its accuracy is below tau, so with tau 1 wherever a response failed.
+    recipes. can_tutor (N,) bool: the teacher has a chat for the question, and lam is not 0. With
+    tau 1 every group with a failure is tutored.
     """
     correct = correct.bool()
     below = correct.float().mean(1) < tau
@@ -122,39 +138,64 @@ def response_weights(
     config: PTDPOConfig,
     lengths: Tensor,
     tutored: Tensor,
-    penalised: Tensor,
     longest: int,
     sum_over_processes: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> ResponseWeights:
-    """The weights of all responses of an optimizer step. All arguments have one shape, (N, G).
+    """The weights of all responses of an optimizer step: N questions, on all processes together.
 
-    lengths: tokens per response, EOS included; 0 for a response that is left out of the loss.
-    tutored, penalised: bool, the responses with the tutoring loss and with the KL penalty. longest:
-    the limit on a response's length. sum_over_processes: sums a tensor of counts over the processes
-    that share the step, so that the means do not depend on how the responses are spread.
+    lengths (N, G): tokens T_i per response, EOS included; 0 for a response that is left out of the
+    loss. tutored (N, G) bool: from `route`. longest: the limit on a response's length, T_max.
+    sum_over_processes: sums a tensor of counts over the processes that share the step, so that the
+    means do not depend on how the questions are spread.
 
-        policy   "token": 1 / tokens of all responses      "sequence": 1 / (responses * own tokens)
-                 "fixed": 1 / (responses * longest)
-        kl       1 / tokens of all penalised responses
-        tutor    1 / tokens of all tutored responses
+        policy  Eq. 3      1 / (R T_i) for R responses in the loss, N G of them if none is left out
+        kl      Eq. 3      the same mean, over the responses that kl_on names
+        tutor   Eq. 8, 11  1 / (N |F_x|), F_x the tutored tokens of the question; 0 if it has none
+
+    The other settings of `aggregate` and `tutor_mean` are in `mean_weights`.
     """
-    lengths = lengths.double()
     in_loss = lengths > 0
-    tutored, penalised = tutored & in_loss, penalised & in_loss
-    local_counts = [lengths.sum(), in_loss.sum(), lengths[penalised].sum(), lengths[tutored].sum()]
-    counts = sum_over_processes(torch.stack(local_counts)).clamp(min=1)
-    tokens, responses, penalised_tokens, tutored_tokens = counts
-    if config.aggregate == "token":
-        denominator = tokens
-    elif config.aggregate == "sequence":
-        denominator = responses * lengths.clamp(min=1)
+    with_kl = in_loss
+    if config.kl_on == "untutored":
+        with_kl = in_loss & ~tutored.any(1, keepdim=True)
+    tutored = in_loss & tutored
+
+    def weights(kind: str, responses: Tensor) -> Tensor:
+        return mean_weights(kind, lengths, responses, longest, sum_over_processes)
+
+    if config.tutor_mean == "question":
+        questions = sum_over_processes(torch.tensor(float(len(lengths))))
+        tutored_tokens = (lengths * tutored).sum(1, keepdim=True).clamp(min=1)  # (N, 1)
+        tutor = tutored / (questions * tutored_tokens.double())
     else:
-        denominator = responses * longest
+        tutor = weights("token", tutored)
     return ResponseWeights(
-        policy=in_loss / denominator,
-        kl=penalised / penalised_tokens,
-        tutor=tutored / tutored_tokens,
+        policy=weights(config.aggregate, in_loss),
+        kl=weights(config.aggregate, with_kl),
+        tutor=tutor,
     )
+
+
+def mean_weights(
+    kind: str,
+    lengths: Tensor,
+    responses: Tensor,
+    longest: int,
+    sum_over_processes: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Weights (N, G) of a mean over the tokens of some responses, (N, G) bool; 0 for the others.
+
+    "response": 1 / (their number * own tokens). "token": 1 / all their tokens. "fixed": 1 / (their
+    number * longest). Arguments as in `response_weights`.
+    """
+    counts = torch.stack([responses.sum(), (lengths * responses).sum()]).double()
+    number, tokens = sum_over_processes(counts).clamp(min=1)
+    denominators = {
+        "response": number * lengths.clamp(min=1),
+        "token": tokens,
+        "fixed": number * longest,
+    }
+    return responses / denominators[kind]
 
 
 def ptdpo_loss(
@@ -164,17 +205,17 @@ def ptdpo_loss(
     advantages: Tensor,
     mask: Tensor,
     weights: ResponseWeights,
-    divergence: Tensor | None = None,
+    teacher_divergence: Tensor | None = None,
     reference_logp: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the step's loss (Eq. 12); shares add up to L over the step.
 
     logp (B, T): log-probs of the sampled tokens under the student, with gradient. old_logp (B, T):
-    the same when they were sampled. advantages (B,). mask (B, T) bool: response tokens, EOS
-    included. weights: of these B responses. divergence (B, T): Top-K JSD to the teacher who read
-    the hint, with gradient, read where weights.tutor > 0 (Eq. 11); None: nothing is tutored.
-    reference_logp (B, T): log-probs under the reference without a hint, read where weights.kl > 0;
-    None: no penalty.
+    the same when they were sampled; it equals logp in the first step after a rollout, where no clip
+    acts. advantages (B,). mask (B, T) bool: response tokens, EOS included. weights: of these B
+    responses. teacher_divergence (B, T): Top-K JSD to the teacher, with gradient, read where
+    weights.tutor > 0; None: nothing is tutored. reference_logp (B, T): log-probs under the
+    reference without a hint, read where weights.kl > 0; None: no penalty.
 
     Returns the loss and its three parts, unweighted and detached.
     """
@@ -185,13 +226,13 @@ def ptdpo_loss(
         mask,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
+        dual_clip=config.dual_clip or None,
         ratio=config.ratio,
     )
     parts = {"policy_loss": weighted_sum(policy, mask, weights.policy)}
     loss = parts["policy_loss"]
-    if divergence is not None:
-        parts["tutor_loss"] = weighted_sum(divergence, mask, weights.tutor)
+    if teacher_divergence is not None:
+        parts["tutor_loss"] = weighted_sum(teacher_divergence, mask, weights.tutor)
         loss = loss + config.lam * parts["tutor_loss"]
     if reference_logp is not None:
         penalised = mask & (weights.kl > 0).unsqueeze(1)

@@ -135,14 +135,14 @@ def pad_prompts(prompts: list[Prompt], pad_id: int, device="cpu") -> dict[str, T
 # ----------------------------------------------------------------------- responses on their prompts
 @dataclass
 class Response:
-    """One response y_i to a question. The phases of an optimizer step fill it in turn.
+    """One response y_i to a question. The phases of train.Trainer fill it in turn.
 
     sample  ids: tokens, EOS included. truncated: the length limit came before EOS. logp: the
-            sampler's log-prob of each token at the sampling temperature (None: not known).
+            sampler's log-prob of each token at the temperature, before top_p and top_k, or None.
     grade   correct: the verifier's verdict. reward.
     assign  advantage. teacher_prompt: the prompt with the hint. tutored, penalised, in_loss: which
             losses it is in. weights: what a token of it counts in the means of policy loss, KL and
-            tutoring. old_logp (T,): log-probs under pi_old, where the policy moves before its use.
+            tutoring. old_logp (T,): log-probs under pi_old; None: pi_old is the current policy.
     """
 
     prompt: Prompt
@@ -278,7 +278,7 @@ def response_states(model, batch: Batch) -> Tensor:
     out = model.model(
         input_ids=batch.ids[:, :-1],
         attention_mask=torch.cat([attended, response_mask], 1),
-        position_ids=positions.expand(3, -1, -1),  # (3, B, T - 1)
+        position_ids=positions.expand(3, -1, -1),  # time, height, width: (3, B, T - 1)
         past_key_values=cache,
         use_cache=True,
     )
@@ -338,11 +338,8 @@ def sample_groups(
     keys = keys or [prompt.question.id for prompt in prompts]
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     tokenizer = processor.tokenizer
-    special = (
-        eos_tokens(model, tokenizer),
-        banned_tokens(model, tokenizer),
-        tokenizer.pad_token_id,
-    )
+    eos, banned = eos_tokens(model, tokenizer), banned_tokens(model, tokenizer)
+    special = eos, banned, tokenizer.pad_token_id
 
     def respond(rows: list[tuple[int, int]]) -> list[tuple[list[int], list[float] | None]]:
         row_prompts = [prompts[n] for n, _ in rows]
@@ -369,7 +366,7 @@ def sample_groups(
     def finished(n: int, g: int) -> Response:
         ids, logp = responses[n, g]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        return Response(prompts[n], ids, text, truncated=ids[-1] not in special[0], logp=logp)
+        return Response(prompts[n], ids, text, truncated=ids[-1] not in eos, logp=logp)
 
     return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
 
@@ -413,8 +410,8 @@ def verify(response: str, question: Question, same=same_answer) -> bool:
 def reward(response: str, correct: bool, format_weight: float = 0.0, think: bool = False) -> float:
     """(1 - format_weight) * correct + format_weight * well-formed. Routing never reads it.
 
-    Well-formed: a non-empty \\boxed{} ends the response (paper, table 3: 0.9 accuracy + 0.1
-    format). think: besides, the box must stand behind thinking that is closed once, as in the
+    Well-formed: the response has a non-empty \\boxed{} (paper, table 3: 0.9 accuracy + 0.1
+    format). think: besides, the box stands behind thinking that is closed once, as in the
     release. The opening tag is not asked for, as a thinking model's template may have put it into
     the prompt.
     """

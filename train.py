@@ -1,14 +1,15 @@
 """Train a vision-language model with PTD-PO. (arXiv 2606.07000, figure 4)
 
-PTD-PO is GRPO plus one thing. A response that failed is also scored by the frozen starting model,
-which reads the same image and question and a hint. The student, who never reads the hint, is pulled
-toward that distribution token by token. A step has seven phases, and `train` calls them by name:
+PTD-PO is GRPO plus one thing. A response that failed is also scored by the teacher: the frozen
+starting model, which reads the same image and question and a hint. The student, who never reads the
+hint, is pulled toward the teacher's distribution, token by token. Phases 1 to 4 run once per
+rollout, phases 5 to 7 once per optimizer step. `train` calls them by name:
 
     1 read      questions become the student's prompts: image, question, no hint
     2 sample    G responses per question
     3 grade     verify the final answer; reward
-    4 assign    advantages; who is tutored; what each response counts in the means
-    5 score     student, hinted teacher and reference score the responses; gradient
+    4 assign    advantages; who is tutored; weights in the means; log-probs under pi_old
+    5 score     student, teacher and plain reference score the responses; gradient
     6 step      clip, AdamW
     7 log       evaluate on plain prompts, log, save
 
@@ -67,9 +68,9 @@ class TrainConfig(PTDPOConfig, RunConfig):
         128, "questions per optimizer step, all processes together (paper: 128)", at_least=1
     )
     updates: int = option(
-        1, "optimizer steps per rollout; the paper's 384 questions per rollout are 3", at_least=1
+        3, "optimizer steps per rollout (paper: 3, of 384 questions together)", at_least=1
     )
-    seed: int = option(0, "seed of questions and sampling", at_least=0, at_most=399)
+    seed: int = option(0, "seed of questions and sampling", at_least=0, at_most=999)
     group_size: int = option(8, "responses per question (paper: 8)", at_least=2)
     max_new_tokens: int = option(4096, "longest response, tokens (paper: 4096)", at_least=1)
     temperature: float = option(
@@ -97,11 +98,15 @@ class TrainConfig(PTDPOConfig, RunConfig):
     )
     lr: float = option(1e-6, "AdamW learning rate (paper: 1e-6)", above=0)
     weight_decay: float = option(0.01, "AdamW weight decay (paper: 0.01)", at_least=0)
-    warmup: int = option(10, "steps of linear warm-up, then constant (paper: 0)", at_least=0)
+    warmup: int = option(0, "steps of linear warm-up, then constant (paper: 0)", at_least=0)
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    eval_temperature: float = option(
+        1.0, "temperature of evaluations, at top-p 1; 0: greedy (paper: 1.0)", at_least=0
+    )
 
     def __post_init__(self):
-        RunConfig.__post_init__(self)  # checks the bounds of all fields
+        PTDPOConfig.__post_init__(self)  # it checks the bounds of all fields
+        RunConfig.__post_init__(self)
 
 
 def token_scores(
@@ -142,7 +147,13 @@ def token_scores(
 
 
 class Trainer(Engine):
-    """The phases, in their order. Engine holds models, optimizer, batches and processes."""
+    """The phases, in their order. Engine holds models, optimizer, batches and processes.
+
+    self.student(f) and self.ask_reference(f) return f(model): every use of the weights goes through
+    the model's wrapper, as FSDP needs. self.scoring: temperature, banned ids, logits_mb.
+    self.respond: rollout.sample_groups with the student. self.on_all_processes(needed, ...):
+    `needed`, but under FSDP a stand-in where another process needs a forward and this one does not.
+    """
 
     # 1 read
     def read(self, questions: list[Question], messages=student_messages) -> list[Prompt]:
@@ -161,11 +172,12 @@ class Trainer(Engine):
     # 3 grade
     def grade(self, groups: list[list[Response]]) -> None:
         """Fill in `correct` and `reward`."""
-        config = self.config
-        for response in (response for group in groups for response in group):
-            text, think = response.text, config.format == "think"
-            response.correct = verify(text, response.question, self.same_answer)
-            response.reward = reward(text, response.correct, config.format_weight, think=think)
+        weight, think = self.config.format_weight, self.config.format == "think"
+        for group in groups:
+            for response in group:
+                text = response.text
+                response.correct = verify(text, response.question, self.same_answer)
+                response.reward = reward(text, response.correct, weight, think=think)
 
     # 4 assign
     def assign(self, groups: list[list[Response]]) -> None:
@@ -175,46 +187,49 @@ class Trainer(Engine):
         correct = torch.tensor([[response.correct for response in group] for group in groups])
         chats = [teacher_messages(group[0].question, config.teacher_context) for group in groups]
         can_tutor = torch.tensor([chat is not None and config.lam > 0 for chat in chats])
-        advantages = group_advantages(rewards)
+        advantages = group_advantages(rewards, config.scale_advantages)
         tutored = route(correct, can_tutor, config.tau)
         for n, group in enumerate(groups):
-            teacher_prompt, tutored_group = None, bool(tutored[n].any())
-            if tutored_group:
-                teacher_prompt = self.teacher_prompt(group[0].prompt, chats[n])
+            teacher_prompt = None
+            if tutored[n].any():
+                teacher_prompt = self.hinted_prompt(group[0].prompt, chats[n])
             for g, response in enumerate(group):
                 response.teacher_prompt = teacher_prompt
                 response.advantage = advantages[n, g].item()
                 response.in_loss = not (config.mask_truncated and response.truncated)
-                response.tutored = response.in_loss and bool(tutored[n, g])
-                response.penalised = response.in_loss and not tutored_group
+                response.tutored = bool(tutored[n, g])
         per_step = config.questions // self.accelerator.num_processes
         for start in range(0, len(groups), per_step):
-            self.weigh([r for group in groups[start : start + per_step] for r in group])
+            self.weigh(groups[start : start + per_step])
         if config.updates > 1:  # otherwise pi_old is the current policy, and the ratio is 1
             self.record_old_logp([response for group in groups for response in group])
 
-    def teacher_prompt(self, prompt: Prompt, chat: list[dict]) -> Prompt:
+    def hinted_prompt(self, prompt: Prompt, chat: list[dict]) -> Prompt:
         """The same question and images (or their features), and the teacher's chat (Eq. 9)."""
         [encoded] = encode_prompts(self.processor, [prompt.question], [chat])
         return replace(encoded, pixels=prompt.pixels)
 
-    def weigh(self, responses: list[Response]) -> None:
-        """Fill in what a token of each response of one optimizer step counts in the three means."""
+    def weigh(self, groups: list[list[Response]]) -> None:
+        """Fill in what each response of one optimizer step counts, and in which losses it is."""
+        lengths = [[len(r.ids) if r.in_loss else 0 for r in group] for group in groups]
         weights = response_weights(
             self.config,
-            lengths=torch.tensor([len(r.ids) if r.in_loss else 0 for r in responses]),
-            tutored=torch.tensor([r.tutored for r in responses]),
-            penalised=torch.tensor([r.penalised for r in responses]),
+            lengths=torch.tensor(lengths),
+            tutored=torch.tensor([[response.tutored for response in group] for group in groups]),
             longest=self.config.max_new_tokens,
             sum_over_processes=self.sum_over_processes,
         )
-        for i, response in enumerate(responses):
-            response.weights = tuple(table[i].item() for table in weights)
+        for n, group in enumerate(groups):
+            for g, response in enumerate(group):
+                response.weights = tuple(table[n, g].item() for table in weights)
+                _, kl_weight, tutor_weight = response.weights
+                response.penalised = kl_weight > 0 and self.config.beta_kl > 0
+                response.tutored = tutor_weight > 0
 
     @torch.no_grad()
     def record_old_logp(self, responses: list[Response]) -> None:
         """Fill in the log-probs under the policy that sampled (pi_old, Eq. 2)."""
-        self.student.eval()  # so with a cache: see plumbing.models.LoraReference
+        self.student.eval()  # TRAP: in training mode, gradient checkpointing allows no cache
         for part in self.micro_batches(responses):
             logp, _, _ = self.student_scores(self.collate(part))
             for response, row in zip(part, logp, strict=True):
@@ -228,19 +243,20 @@ class Trainer(Engine):
         """
         accelerator = self.accelerator
         names = ("policy_loss", "tutor_loss", "kl", "entropy", "tokens")
-        sums, largest = torch.zeros(len(names), dtype=torch.float64), torch.zeros(2)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
+        largest = torch.zeros(2, device=accelerator.device)
         self.student.train()
         batches = self.micro_batches(responses)
         for number, batch in enumerate(batches):
-            # One sum over processes, at the end. Sharded gradients are summed each time: those that
-            # wait would be whole ones.
+            # One sum over processes, at the end. Under FSDP one per micro-batch: a gradient that
+            # waits is not sharded, and takes as much memory as the whole model.
             waits = not self.sharded and number < len(batches) - 1
             with accelerator.no_sync(self.student) if waits else contextlib.nullcontext():
                 loss, parts = self.loss(batch)
                 # gradients are averaged over processes, but the weights count all of them: undo it
                 accelerator.backward(loss * accelerator.num_processes)
-            largest = torch.maximum(largest, parts.pop("monitors").cpu())
-            sums += torch.tensor([float(parts.get(name, 0)) for name in names])
+            largest = torch.maximum(largest, parts["monitors"])
+            sums += torch.stack([parts.get(name, sums.new_zeros(())).double() for name in names])
         totals = dict(zip(names, self.sum_over_processes(sums).tolist(), strict=True))
         totals["entropy"] /= max(1, totals.pop("tokens"))
         totals["ratio_max"], totals["sampler_gap"] = self.largest(*largest.tolist())
@@ -250,14 +266,21 @@ class Trainer(Engine):
         """One micro-batch's share of the step's loss (Eq. 12), and its parts."""
         batch = self.collate(responses, self.config.gradient_checkpointing)
         batch.mask &= self.tensor([response.in_loss for response in responses]).unsqueeze(1)
-        teacher = self.teacher_states(responses)
+        teacher = self.teacher_arguments(responses)
         reference_logp = self.reference_logp(responses, batch.mask)
-        logp, entropy, divergence = self.student_scores(batch, **teacher)
+        logp, entropy, teacher_divergence = self.student_scores(batch, **teacher)
         old_logp = old_log_probs(responses, logp, batch.mask)
         advantages = self.tensor([response.advantage for response in responses])
-        weights = ResponseWeights(*self.tensor([response.weights for response in responses]).T)
+        weights = self.tensor([response.weights for response in responses])  # (B, 3)
         loss, parts = ptdpo_loss(
-            self.config, logp, old_logp, advantages, batch.mask, weights, divergence, reference_logp
+            self.config,
+            logp,
+            old_logp,
+            advantages,
+            batch.mask,
+            ResponseWeights(*weights.T),
+            teacher_divergence,
+            reference_logp,
         )
         parts |= {"entropy": entropy.sum(), "tokens": batch.mask.sum()}
         parts["monitors"] = monitors(responses, logp, old_logp, batch.mask)
@@ -267,11 +290,11 @@ class Trainer(Engine):
         """token_scores of the student, who reads no hint (Eq. 10)."""
         return self.student(lambda model: token_scores(model, batch, **teacher, **self.scoring))
 
-    def teacher_states(self, responses: list[Response]) -> dict:
+    def teacher_arguments(self, responses: list[Response]) -> dict:
         """What the frozen reference, who reads the hint, expects at the tutored tokens (Eq. 9).
 
         It scores the student's responses, with the same images, and never writes. Returns the
-        arguments of token_scores; nothing where no response is tutored.
+        teacher's arguments of token_scores; none where no response is tutored.
         """
         config = self.config
         tutored = [response for response in responses if response.tutored]
@@ -281,7 +304,7 @@ class Trainer(Engine):
         batch = self.collate(shown, prompts=[r.teacher_prompt or r.prompt for r in shown])
         states = self.ask_reference(lambda model: response_states(model, batch))[batch.mask]
         if not tutored:
-            return {}
+            return {}  # the forward was for another process
         return {
             "tutored": self.tensor([response.tutored for response in responses]),
             "teacher_states": states,
@@ -293,14 +316,14 @@ class Trainer(Engine):
 
     def reference_logp(self, responses: list[Response], mask: Tensor) -> Tensor | None:
         """Log-probs (B, T) under the reference without a hint, at the penalised responses."""
-        penalised = [r for r in responses if r.penalised and self.config.beta_kl > 0]
+        penalised = [response for response in responses if response.penalised]
         shown = self.on_all_processes(penalised, responses)
         if not shown:
             return None
         batch = self.collate(shown)
         logp, _, _ = self.ask_reference(lambda model: token_scores(model, batch, **self.scoring))
         if not penalised:
-            return None
+            return None  # the forward was for another process
         tokens = mask & self.tensor([r.penalised for r in responses]).unsqueeze(1)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(tokens, logp[batch.mask])
 
@@ -318,15 +341,17 @@ class Trainer(Engine):
 
     # 7 log
     def evaluate(self, questions: list[Question], messages=student_messages) -> dict:
-        """Greedy accuracy and mean length over all processes, and the ids of what was right.
+        """Accuracy and mean length of one response per question, and the ids of what was right.
 
-        messages: student_messages is the measure; with others only questions with a hint are asked.
+        messages: the function that makes a question's chat. student_messages is the measure; with
+        others only questions with a hint are asked. Over all processes.
         """
         accelerator = self.accelerator
         if messages is not student_messages:
             questions = [question for question in questions if question.hint]
         mine = questions[accelerator.process_index :: accelerator.num_processes]
-        groups = self.respond(self.read(mine, messages), 1, temperature=0)
+        prompts = self.read(mine, messages)
+        groups = self.respond(prompts, 1, temperature=self.config.eval_temperature)
         responses = [response for [response] in groups]
         right = [r.question.id for r in responses if verify(r.text, r.question, self.same_answer)]
         tokens = sum(len(response.ids) for response in responses)
@@ -349,14 +374,15 @@ def train(trainer: Trainer, stream, held_out: list[Question], run: runs.Run) -> 
             prompts = trainer.read([stream[i] for i in indices])  # 1
             groups = trainer.sample(prompts, [f"{config.seed}-{i}" for i in indices])  # 2
             trainer.grade(groups)  # 3
-            trainer.assign(groups)  # 4
+            trainer.assign(groups)  # 4: which failed responses are tutored
             statistics = runs.rollout_statistics(groups, config)
             run.folder.append("responses.jsonl", runs.group_row(step, groups[0]))
         sampled = time.time()
         groups_of_step, groups = runs.split(groups, config.questions // processes)
-        losses = trainer.score([response for group in groups_of_step for response in group])  # 5
-        losses |= trainer.step()  # 6
-        metrics = {"step": step, **trainer.mean_over_processes(statistics), **losses}  # 7
+        # 5: the teacher reads the hint and scores what failed; the student is pulled toward it
+        numbers = trainer.score([response for group in groups_of_step for response in group])
+        numbers |= trainer.step()  # 6
+        metrics = {"step": step, **trainer.mean_over_processes(statistics), **numbers}  # 7
         metrics |= {"sample_seconds": sampled - began, "update_seconds": time.time() - sampled}
         run.log(trainer, held_out, metrics)
         if not groups:  # between two rollouts

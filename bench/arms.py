@@ -50,12 +50,16 @@ class Patches(contextlib.ExitStack):
 
 
 # ----------------------------------------------------------------------------------------- patches
-# Each takes Patches and the module train. The KL penalty is where Trainer.assign puts it: in the
-# groups without a tutored response.
+# Each takes Patches and the module train. The KL penalty is where --kl-on puts it, unless the patch
+# says otherwise.
 def no_policy_loss(patches: Patches, train) -> None:
     """All advantages are 0, and so is the policy loss."""
     original = train.group_advantages
-    patches.replace(train, "group_advantages", lambda rewards: 0 * original(rewards))
+
+    def group_advantages(rewards, *settings):
+        return 0 * original(rewards, *settings)
+
+    patches.replace(train, "group_advantages", group_advantages)
 
 
 def all_responses(patches: Patches, train) -> None:
@@ -70,13 +74,37 @@ def all_responses(patches: Patches, train) -> None:
 
 
 def self_distillation(patches: Patches, train) -> None:
-    """All responses of all questions are tutored, so there is no KL penalty; and no reward."""
+    """All responses of all questions are tutored, and there is no reward."""
     no_policy_loss(patches, train)
 
     def route(correct, can_tutor, tau):
         return can_tutor.unsqueeze(1).expand_as(correct)
 
     patches.replace(train, "route", route)
+
+
+def no_kl_where_responses_failed(patches: Patches, train) -> None:
+    """The KL penalty only in groups without a failed response: the control of the release.
+
+    The release drops the penalty in the groups that it tutors, and trains no GRPO that drops it
+    there too. For --lam 0, where nothing is tutored: failed responses stand for tutored ones while
+    the weights are made, and no longer.
+    """
+    weigh = train.Trainer.weigh
+
+    def weigh_failed_as_tutored(trainer, groups):
+        responses = [response for group in groups for response in group]
+        for response in responses:
+            response.tutored = not response.correct
+        config = trainer.config
+        trainer.config = replace(config, kl_on="untutored")
+        weigh(trainer, groups)
+        trainer.config = config
+        for response in responses:
+            policy_weight, kl_weight, _ = response.weights
+            response.weights, response.tutored = (policy_weight, kl_weight, 0.0), False
+
+    patches.replace(train.Trainer, "weigh", weigh_failed_as_tutored)
 
 
 def change_hint(change: Callable) -> Callable:
@@ -121,14 +149,14 @@ def blind_teacher(patches: Patches, train) -> None:
                 shown[n] = replace(questions[n], images=[])
         return encode(processor, shown, chats)
 
-    def teacher_prompt(trainer, prompt, chat):
-        # Trainer.teacher_prompt would give it the student's images
+    def hinted_prompt(trainer, prompt, chat):
+        # Trainer.hinted_prompt would give it the student's images
         [encoded] = train.encode_prompts(trainer.processor, [prompt.question], [chat])
         return encoded
 
     patches.replace(train, "teacher_messages", teacher_messages)
     patches.replace(train, "encode_prompts", encode_prompts)
-    patches.replace(train.Trainer, "teacher_prompt", teacher_prompt)
+    patches.replace(train.Trainer, "hinted_prompt", hinted_prompt)
 
 
 def without_images(turn: dict) -> dict:
@@ -142,7 +170,7 @@ def shows_image(turn: dict) -> bool:
 def released_formula(patches: Patches, train) -> None:
     """The released code's gradient: p is detached before the logarithms, not in the mixture.
 
-    The code here is ours; PAPER 2.5 describes theirs.
+    The code here is ours, from a description of theirs.
     """
     import torch
 
@@ -176,9 +204,8 @@ MAIN = {
     "PTD-PO": Arm(),
     "tutoring alone": Arm(patch=no_policy_loss),
     "teacher told the answer": Arm("--teacher-context answer"),
-    "self-distillation": Arm("--teacher-context solution", self_distillation),
+    "self-distillation": Arm("--teacher-context solution --beta-kl 0", self_distillation),
 }
-GSPO = "--ratio sequence --aggregate sequence --clip-low 3e-4 --clip-high 4e-4"
 # These take PTD-PO's, or GRPO's where the name begins so.
 ABLATIONS = {
     "all responses": Arm(patch=all_responses),
@@ -200,12 +227,13 @@ ABLATIONS = {
     "lambda 1": Arm("--lam 1"),
     "KL penalty off": Arm("--beta-kl 0"),
     "GRPO, KL penalty off": Arm("--lam 0 --beta-kl 0"),
+    "GRPO, KL penalty off where responses failed": Arm("--lam 0", no_kl_where_responses_failed),
     # on the split "tune" this rate is as good as the chosen one
     "GRPO, three times the lr": Arm("--lam 0 --lr 3e-4"),
     # tutoring alone, with PTD-PO's learning rate and lambda
     "no policy loss": Arm(patch=no_policy_loss),
     "two updates": Arm("--updates 2"),
-    "two updates, GSPO": Arm(f"--updates 2 {GSPO}"),
+    "two updates, GSPO": Arm("--updates 2 --recipe gspo"),
 }
 ARMS = {**MAIN, **ABLATIONS}
 # The arms whose teachers read different things: how often each teacher is right is measured too.

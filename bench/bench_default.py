@@ -1,12 +1,13 @@
 # ruff: noqa: E402
-"""The default run and the same run as plain GRPO: accuracy, entropy and time per seed.
+"""The default run, its tutoring means, and plain GRPO: accuracy, entropy and time per seed.
 
-    python bench/bench_default.py --jobs 2                     # 3 seeds, 2 arms: 20 minutes
+    python bench/bench_default.py --jobs 2                     # 3 seeds, 4 arms: 30 minutes
     python bench/bench_default.py --figure docs/default.png    # draw what has been measured
 
 The time is for 2 cores and two runs at a time. The figure needs matplotlib. Each finished run adds
 one line to bench/results/default.jsonl. A run that is there already is not repeated: remove the
-file to measure again.
+file to measure again. Rows without the field "recipe" were measured with the release's means; a
+table or figure is of one recipe.
 """
 
 from __future__ import annotations
@@ -22,14 +23,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from bench_losses import machine
-from common import RESULTS, append_row, load_pyplot, load_rows, markdown_table, share_of_cores
+from common import (
+    RESULTS,
+    append_row,
+    load_pyplot,
+    load_rows,
+    markdown_table,
+    measured_recipe,
+    rows_of,
+    share_of_cores,
+)
 
 ROWS = RESULTS / "default.jsonl"
-ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
-COLOURS = {"PTD-PO": "#1f6fb4", "GRPO (--lam 0)": "#c4552d"}
+RECIPE = "paper"  # train.py's default, which is what is measured
+FORMER = "--recipe release --questions 24 --steps 250 --lam 10 --lr 1e-3 --grad-clip 1"
+ARMS = {
+    "PTD-PO": [],
+    "PTD-PO, tutoring mean per step": ["--tutor-mean", "step"],
+    "PTD-PO, settings of before": FORMER.split(),
+    "GRPO (--lam 0)": ["--lam", "0"],
+}
+COLOURS = dict(zip(ARMS, ("#1f6fb4", "#3a9a5b", "#7a8794", "#c4552d"), strict=True))
 HEADER = [
     "arm",
     "seed",
+    "steps",
     "accuracy before, %",
     "after, %",
     "with hint after, %",
@@ -39,8 +57,12 @@ HEADER = [
 
 
 def measure(arm: str, seed: int, jobs: int) -> dict:
-    """One whole `python train.py`, timed from outside, in its own folder, on its share of cores."""
+    """One whole `python train.py`, timed from outside, in its own folder, on its share of cores.
+
+    The row's recipe is the one that the arms start from; an arm's own options win.
+    """
     command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--name", "run"]
+    command += ["--recipe", RECIPE]
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         subprocess.run(
@@ -55,6 +77,7 @@ def measure(arm: str, seed: int, jobs: int) -> dict:
     before, *steps = rows
     return {
         "arm": arm,
+        "recipe": RECIPE,
         "seed": seed,
         "machine": machine("transformers", "accelerate"),
         "steps": len(steps),
@@ -76,6 +99,7 @@ def table_row(row: dict) -> list[str]:
     return [
         row["arm"],
         str(row["seed"]),
+        str(row["steps"]),
         f"{100 * plain[0]:.1f}",
         f"{100 * plain[-1]:.1f}",
         f"{100 * row['hinted'][1]:.1f}",
@@ -87,8 +111,8 @@ def table_row(row: dict) -> list[str]:
 def table(rows: list[dict]) -> str:
     """Markdown, one line per run."""
     setting = (
-        f"Machine: {rows[0]['machine']}; {rows[0]['steps']} steps; held-out puzzles, plain prompt, "
-        f"greedy; {rows[0]['jobs']} runs at a time."
+        f"Machine: {rows[0]['machine']}; held-out puzzles, plain prompt, greedy; "
+        f"{rows[0]['jobs']} runs at a time."
     )
     arms = list(ARMS)
     in_order = sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
@@ -133,7 +157,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = load_rows(ROWS)
     if args.figure:
-        return draw(rows, args.figure)
+        return draw(rows_of(rows, measured_recipe(rows)), args.figure)
+    rows = rows_of(rows, RECIPE)
     measured = {(row["arm"], row["seed"]) for row in rows}
     wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     missing = [run for run in wanted if run not in measured]

@@ -5,11 +5,12 @@
     python bench/bench_step.py --shapes 2B    # a GPU of 80 GB; what does not fit says so
 
 Random weights in the shape of the embedded model, a 0.5B or a 2B; random images; the embedded
-tokenizer. No response ends early, so that all make the same number of tokens. In "PTD-PO" half of
-each group has failed and is tutored. In "GRPO" the same responses have the KL penalty instead: that
-is TRL's work. Phases: sample, score (the student's forward), teacher (the reference's), update
-(backward, clipping, AdamW). Each contender has a process of its own and makes two steps; the second
-counts. Each finished run adds a line to bench/results/step.jsonl.
+tokenizer. No response ends early, so that all make the same number of tokens. "GRPO" is TRL's work:
+all responses have the KL penalty. In "PTD-PO" half of each group has failed and is tutored as well.
+Phases: sample, score (the student's forward), teacher (the reference's), update (backward,
+clipping, AdamW). Each contender has a process of its own and makes two steps; the second counts.
+Each finished run adds a line to bench/results/step.jsonl. Rows of ours without the field "recipe"
+were measured with the release's settings: groups with tutoring had no KL penalty.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def make_trainer(shape: Shape, lam: float):
         questions=shape.questions,
         group_size=GROUP,
         max_new_tokens=shape.new,
-        warmup=0,
+        updates=1,  # and the tower frozen: TRL's work
+        freeze_vision=True,
         **shape.options,
     )
     calls = itertools.count()
@@ -240,6 +242,7 @@ def measure_ours(shape: Shape, lam: float) -> dict:
     assert numbers["tutored"] == (0.5 if lam else 0), numbers
     phases.seconds["rest"] = total - sum(phases.seconds.values())
     return {
+        "recipe": config.recipe,
         "seconds": total,
         "phases": phases.seconds,
         "phase_mib": phases.mib,

@@ -1,15 +1,18 @@
+# ruff: noqa: E402
 """The paper's claims in small: all arms on the embedded world, half of its puzzles in fog.
 
     python bench/claims.py --jobs 2                # all arms, 3 seeds: hours on 2 cores
     python bench/claims.py --jobs 2 --arms GRPO PTD-PO --seeds 1
     python bench/claims.py --table                 # what has been measured so far
     python bench/claims.py --figures docs          # draw it (pip install matplotlib)
+    python bench/claims.py --table --recipe release
 
 The teacher with the hint is right in 99.8 % of the puzzles in clear sight, and in 64 % of those in
 fog: there the reward knows what the teacher does not. bench/arms.py says what each arm is. The
 learning rate of the main arms, and PTD-PO's lambda, are chosen on the split "tune", by seed 100
 after 120 steps. Each finished run is one line of bench/results/claims.jsonl, and is not repeated:
-stop the script and start it again at any moment.
+stop the script and start it again at any moment. All arms start from --recipe paper. Rows without
+the field "recipe" were measured with the release's means: a table or figure is of one recipe.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from arms import ARMS, GRIDS, MAIN, TEACHERS, Patches, main_arm  # noqa: E402
-from claims_report import draw, table  # noqa: E402
-from common import RESULTS, append_row, load_rows, share_of_cores  # noqa: E402
+from arms import ARMS, GRIDS, MAIN, TEACHERS, Patches, main_arm
+from claims_report import draw, table
+from common import RESULTS, append_row, load_rows, measured_recipe, rows_of, share_of_cores
 
 ROWS = RESULTS / "claims.jsonl"
 RENAMED = {"--k": "--jsd-k"}  # options of stored rows -> their names today
+RECIPE = "paper"  # of all new runs; an arm's own options come after it
 STEPS, EVERY = 240, 20
 TUNE_STEPS, TUNE_SEED = 120, 100
 PUZZLES = 800  # held-out ones; a quarter of them serves the evaluations on the way
@@ -186,6 +190,7 @@ def measure_at_the_end(patches: Patches, train, job: dict, final: dict) -> None:
 def command_line(job: dict) -> list[str]:
     """train.py's options for a job."""
     options = {
+        "--recipe": job["recipe"],
         "--fog": FOG,
         "--steps": job["steps"],
         "--eval-every": EVERY,
@@ -201,7 +206,7 @@ def command_line(job: dict) -> list[str]:
 def one_run(job: dict) -> dict:
     """Train and measure one arm in this process: train.py itself, with the arm's patch.
 
-    job: arm, seed, split, steps, chosen (options of train.py) and perhaps puzzles. Raises
+    job: arm, recipe, seed, split, steps, chosen (options of train.py) and perhaps puzzles. Raises
     RuntimeError where a patch has never been called.
     """
     from bench_losses import machine
@@ -240,9 +245,13 @@ def one_run(job: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------- all the runs
-def stored_rows() -> list[dict]:
-    """The rows that have been measured, with the options by their names today."""
+def stored_rows(recipe: str | None = None) -> list[dict]:
+    """The rows of one recipe that have been measured, with the options by their names today.
+
+    None: the paper's recipe, or where that has not been measured the release's.
+    """
     rows = load_rows(ROWS)
+    rows = rows_of(rows, recipe or measured_recipe(rows))
     for row in rows:
         row["options"] = [RENAMED.get(word, word) for word in row["options"]]
     return rows
@@ -262,7 +271,8 @@ def chosen(rows: list[dict], arm: str) -> list[str] | None:
 
 
 def job_key(job: dict) -> tuple:
-    return job["arm"], job["seed"], job["split"], job["steps"], tuple(job["chosen"])
+    names = ("arm", "recipe", "seed", "split", "steps")
+    return tuple(job[name] for name in names), tuple(job["chosen"])
 
 
 def run_in_child(job: dict, environment: dict[str, str]) -> dict:
@@ -306,21 +316,25 @@ def run_all(jobs: list[dict], rows: list[dict], parallel: int) -> None:
 
 
 def measure_all(arms: list[str], seeds: int, steps: int, parallel: int, rows: list[dict]) -> None:
-    """The grids of the main arms, then all arms with all seeds, then the teachers."""
+    """The grids of the main arms, then all arms with all seeds, then the teachers.
+
+    rows: of RECIPE.
+    """
     needed = {main_arm(arm) for arm in arms}
+    tune = {"recipe": RECIPE, "seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS}
     grids = []
     for arm in MAIN:
         if arm in needed:
-            job = {"arm": arm, "seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS}
+            job = {**tune, "arm": arm}
             grids += [{**job, "chosen": options} for options in GRIDS[arm]]
     run_all(grids, rows, parallel)
     best = {arm: chosen(rows, arm) for arm in arms}
     held_out = []
     for seed in range(seeds):
-        job = {"seed": seed, "split": "heldout", "steps": steps}
+        job = {"recipe": RECIPE, "seed": seed, "split": "heldout", "steps": steps}
         held_out += [{"arm": arm, **job, "chosen": best[arm]} for arm in arms]
     run_all(held_out, rows, parallel)
-    job = {"seed": 0, "split": "teacher", "steps": 1}
+    job = {"recipe": RECIPE, "seed": 0, "split": "teacher", "steps": 1}
     teachers = [{"arm": arm, **job, "chosen": best[arm]} for arm in TEACHERS if arm in arms]
     run_all(teachers, rows, parallel)
 
@@ -349,18 +363,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--figures", type=Path, metavar="FOLDER", help="draw what has been measured and stop"
     )
+    parser.add_argument(
+        "--recipe",
+        choices=("paper", "release"),
+        help="--table, --figures: show the runs of this recipe [paper, once it has been measured]",
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.run:
         return print(json.dumps(one_run(json.loads(args.run))))
-    rows = stored_rows()
+    shows_only = args.table or args.figures
+    if args.recipe and not shows_only:
+        parser.error(f"--recipe is for --table and --figures: all new runs are of {RECIPE!r}")
+    rows = stored_rows(args.recipe if shows_only else RECIPE)
     if args.figures and not args.table:
         return draw(rows, args.figures, args.steps)
-    if not args.table:
+    if not shows_only:
         measure_all(args.arms, args.seeds, args.steps, args.jobs, rows)
     print(table(rows, args.steps))
 

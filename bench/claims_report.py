@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from arms import ABLATIONS, ARMS, MAIN
-from common import load_pyplot, markdown_table
+from common import load_pyplot, markdown_table, recipe_of
 
 KINDS = ("clear", "foggy")
 LAST = 20  # steps whose mean the table shows
@@ -14,13 +14,17 @@ LAST = 20  # steps whose mean the table shows
 
 # ------------------------------------------------------------------------------------------- tables
 def table(rows: list[dict], steps: int) -> str:
-    """Markdown: the arms, the main arms by family, the teachers, the gradients."""
+    """Markdown: the arms, the main arms by family, the teachers, the gradients.
+
+    rows: of one recipe; ValueError where they are of two.
+    """
     held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
     if not held_out:
         return "nothing measured on the held-out puzzles yet"
+    [recipe] = {recipe_of(row) for row in rows}
     setting = (
-        f"{held_out[0]['machine']}; {steps} steps; 800 held-out puzzles (200 in the evaluations "
-        "on the way), plain prompt, greedy; mean (lowest - highest) over seeds."
+        f"{held_out[0]['machine']}; --recipe {recipe}; {steps} steps; 800 held-out puzzles (200 in "
+        "the evaluations on the way), plain prompt, greedy; mean (lowest - highest) over seeds."
     )
     teachers = [row for row in rows if row["split"] == "teacher"]
     parts = [

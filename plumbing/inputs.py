@@ -61,10 +61,11 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
         questions = reader.load(config.data, config.split)
         note = reader.take_hints(questions)
         stream = QuestionStream(questions, config.seed)
-        if config.train_vision and world_size > 1 and not all(q.images for q in questions):
+        trained_tower = not (config.freeze_vision or config.lora)
+        if trained_tower and world_size > 1 and not all(q.images for q in questions):
             raise ValueError(
-                "--train-vision in several processes needs an image in every question: a "
-                "micro-batch without one leaves the tower's weights out"
+                "a trained vision tower needs an image in every question in several processes, as "
+                "a micro-batch without one leaves the tower's weights out: add --freeze-vision"
             )
     else:
         note = "questions: built-in puzzles, all with a hint"

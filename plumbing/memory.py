@@ -159,9 +159,9 @@ def _count_trained(model, config: TrainConfig) -> int:
         layers = model.model.language_model.modules()
         linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
         return sum(config.lora * (layer.in_features + layer.out_features) for layer in linear)
-    if config.train_vision:
-        return _count(model)
-    return _count(model) - _count(model.model.visual)
+    if config.freeze_vision:
+        return _count(model) - _count(model.model.visual)
+    return _count(model)
 
 
 def _activation_bytes(text, bf16: bool, config: TrainConfig) -> int:

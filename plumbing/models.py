@@ -76,7 +76,7 @@ def frozen_tower(config: TrainConfig) -> bool:
 
     Its features serve student and reference alike.
     """
-    return bool(config.lora) or not config.train_vision
+    return bool(config.lora) or config.freeze_vision
 
 
 def build(config: TrainConfig, accelerator: Accelerator):

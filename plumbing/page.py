@@ -74,9 +74,11 @@ def settings_line(run: Path, config: TrainConfig, count: int) -> str:
     rows = [json.loads(line) for line in log]
     plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
     model = "toy/base" if config.model == EMBEDDED else config.model
+    temperature = config.eval_temperature
+    sampling = f"temperature {temperature}" if temperature else "greedy"
     return (
         f"{model}; {rows[-1]['step']} steps; lam {config.lam}, tau {config.tau}, "
-        f"K {config.jsd_k}, lr {config.lr}. Held-out questions, plain prompt, greedy: "
+        f"K {config.jsd_k}, lr {config.lr}. Held-out questions, plain prompt, {sampling}: "
         f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first "
         f"{count} of them, sampled at temperature {config.temperature}."
     )
@@ -177,8 +179,8 @@ def token_entries(
     entries = []
     for start in range(0, len(ids), 256):  # (256, V) logits at a time
         logits = []
-        for (model, _), state in zip(views, states, strict=True):
-            scores = model.get_output_embeddings()(state[start : start + 256]).float()
+        for (viewer, _), state in zip(views, states, strict=True):
+            scores = viewer.get_output_embeddings()(state[start : start + 256]).float()
             logits.append(scores.index_fill_(-1, banned, float("-inf")))
         likeliest = [likeliest_tokens(scores / config.temperature, tokenizer) for scores in logits]
         divergence = [0] * len(logits[0])

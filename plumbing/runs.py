@@ -366,6 +366,8 @@ def group_row(step: int, group: list[Response]) -> dict:
 def print_summary(table: dict, folder: RunFolder, trainer: Trainer) -> None:
     """The table that a run ends with, and on a GPU the memory that it took."""
     before, after = table["before"], table["after"]
+    temperature = trainer.config.eval_temperature
+    sampling = f"temperature {temperature}" if temperature else "greedy"
     print(f"\n{'':30s}{'before':>9s}{'after':>9s}")
     for label, key, scale, unit in (
         ("accuracy, plain prompt", "plain", 100, "%"),
@@ -377,7 +379,7 @@ def print_summary(table: dict, folder: RunFolder, trainer: Trainer) -> None:
         numbers = [f"{scale * values[key]:9.{digits}f}" for values in (before, after)]
         print(f"{label:30s}{numbers[0]}{numbers[1]} {unit}")
     print(
-        f"({before['questions']} held-out questions, greedy; entropy of the sampled responses, "
+        f"({before['questions']} held-out questions, {sampling}; entropy of the sampled responses, "
         f"first and last step; {table['seconds'] / 60:.1f} minutes; {trainer.skipped} steps "
         "skipped for a non-finite gradient)"
     )

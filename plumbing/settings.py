@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from plumbing.recipes import RECIPES
+
 EMBEDDED = str(Path(__file__).resolve().parent.parent / "toy" / "base")
 THIS_RUN = "this run"
 BOUNDS = {
@@ -103,13 +105,20 @@ class RunConfig:
         "rules: ours; math: math-verify as well, for more LaTeX (pip install math-verify)",
         choices=("rules", "math"),
     )
+    recipe: str = option(
+        "paper",
+        "settings of a method, where no other option sets them: plumbing/recipes.py",
+        choices=tuple(RECIPES),
+    )
     name: str = option("", "run name: a new folder runs/NAME", shown="date-time")
     lora: int = option(
         0,
         "rank of LoRA adapters, trained instead of the weights; 0: none (pip install peft)",
         at_least=0,
     )
-    train_vision: bool = option(False, "train the vision tower as well, but under --lora")
+    freeze_vision: bool = option(
+        False, "do not train the vision tower (paper: trained); it then sees each image once"
+    )
     precision: str = option(
         "auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16")
     )
@@ -120,7 +129,7 @@ class RunConfig:
         choices=("own", "hf"),
     )
     micro_tokens: int = option(
-        8192,
+        4096,
         "tokens in one forward pass, per process: prompts, once for all their responses, "
         "responses, padding",
         at_least=1,
@@ -225,7 +234,7 @@ def _add_option(group, setting, toy: dict) -> None:
     if setting.type == "bool":
         how = {"action": "store_true"}
         text = rules["help"]
-        if setting.name in toy:
+        if setting.default or setting.name in toy:
             how = {"action": argparse.BooleanOptionalAction}
             text = f"{text} [{shown}]"
     else:
@@ -254,7 +263,8 @@ def read_settings(config_class, parser: Parser, toy: dict, argv=None):
     elif given.get("report", THIS_RUN) != THIS_RUN:
         given = _settings_of_run(config_class, parser, given, "report", allowed=set())
     embedded = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
-    values = {**toy, **given} if embedded else given
+    recipe = RECIPES[given.get("recipe", "paper")]
+    values = {**recipe, **(toy if embedded else {}), **given}
     try:
         return config_class(**values)
     except ValueError as error:

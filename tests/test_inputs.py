@@ -8,7 +8,7 @@ from test_rollout import student_prompts
 
 import train
 from hints import Hint
-from plumbing import command
+from plumbing import command, settings
 from plumbing.data import QuestionStream
 from plumbing.inputs import prompt_tokens, read_inputs
 from toy import world
@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
         (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
         (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"),
         (["--name", "taken"], "exists already"),
-        (["--seed", "400"], "--seed must be at least 0 and at most 399"),
+        (["--seed", "1000"], "--seed must be at least 0 and at most 999"),
         (["--hints", "h.jsonl"], "--hints needs --data"),
         (["--teacher-context", "oracle"], "invalid choice: 'oracle'"),
         (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields"),
@@ -112,13 +112,20 @@ def read(world_size=1, **settings):
     [
         ({"questions": 3}, "--questions 3 must be a multiple of the 2 processes"),
         ({"report": "this run"}, "afterwards, python train.py --report runs/x"),
-        ({"data": "good.jsonl", "train_vision": True}, "needs an image in every question"),
+        ({"data": "good.jsonl"}, "a trained vision tower needs an image in every question"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(folder, settings, message):
     with pytest.raises(ValueError, match=message):
         read(world_size=2, **settings)
     read(world_size=1, **settings)
+
+
+@pytest.mark.parametrize("frozen_by", [{"freeze_vision": True}, {"lora": 4}])
+def test_a_frozen_vision_tower_needs_no_image_in_several_processes(folder, monkeypatch, frozen_by):
+    monkeypatch.setattr(settings, "find_spec", lambda package: True)
+    inputs = read(world_size=2, data="good.jsonl", **frozen_by)
+    assert [question.images for question in inputs.stream.questions] == [[]]
 
 
 def test_without_data_the_questions_are_puzzles(folder):

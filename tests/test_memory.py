@@ -229,11 +229,11 @@ def sizes(base):
     return whole, tower, size(model.language_model.layers[0].parameters())
 
 
-@pytest.mark.parametrize("train_vision", [False, True])
-def test_plan_of_one_gpu_in_float32(sizes, train_vision):
+@pytest.mark.parametrize("freeze_vision", [False, True])
+def test_plan_of_one_gpu_in_float32(sizes, freeze_vision):
     whole, tower, _ = sizes
-    parts = plan(TrainConfig(train_vision=train_vision), 1, bf16=False)
-    trained = whole if train_vision else whole - tower
+    parts = plan(TrainConfig(freeze_vision=freeze_vision), 1, bf16=False)
+    trained = whole - tower if freeze_vision else whole
     assert parts["weights"] * GIB == 4 * whole
     assert parts["reference"] * GIB == 4 * whole
     assert parts["gradients"] * GIB == 4 * trained
@@ -243,7 +243,7 @@ def test_plan_of_one_gpu_in_float32(sizes, train_vision):
 
 def test_plan_of_several_gpus_shards_what_is_kept_and_not_what_is_computed(sizes):
     whole, _, layer = sizes
-    config = TrainConfig(train_vision=True)
+    config = TrainConfig()
     one, four = plan(config, 1, bf16=True), plan(config, 4, bf16=True)
     for name in ("weights", "AdamW", "reference", "gradients"):
         assert four[name] == one[name] / 4

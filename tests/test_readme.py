@@ -19,6 +19,7 @@ from test_build_hints import GOOD, chat_reply, serve  # noqa: F401
 import train
 from plumbing.build_hints import main as build_hints
 from plumbing.hint_file import load_hints
+from plumbing.slow_motion import main as slow_motion
 
 INSTALL = "python -m pip install -r requirements.txt && "
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -145,6 +146,8 @@ def test_command(command, place, serve, capsys):  # noqa: F811
     if words[:3] == ["python", "-m", "plumbing.build_hints"]:
         server = serve(lambda question, before: chat_reply(GOOD))
         return run_build_hints(words[3:], place, server)
+    if words[:3] == ["python", "-m", "plumbing.slow_motion"]:
+        return slow_motion(words[3:])
     if words[0] == "accelerate":
         launch = launch_command_parser().parse_args(words[2:])
         assert launch.training_script == "train.py"

@@ -51,7 +51,6 @@ def error_of(read, capsys):
 # ----------------------------------------------------------------------------------------- defaults
 def test_toy_values_are_for_the_embedded_model(read):
     config = read()
-    assert (config.lr, config.lam) == (1e-3, 10.0)
     assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
     assert read("--model", EMBEDDED) == config
     others = set(ALL) - set(SETTINGS)
@@ -63,12 +62,13 @@ def test_another_model_has_the_defaults_of_real_ones(read):
     config = read("--model", name)
     assert (config.lr, config.questions, config.max_new_tokens) == (1e-6, 128, 4096)
     assert (config.lam, config.jsd_k, config.tau) == (0.05, 100, 1.0)
+    assert (config.updates, config.warmup, config.eval_temperature) == (3, 0, 1.0)
     assert config == TrainConfig(model=name)
 
 
 def test_a_given_value_goes_before_the_toy_value(read):
-    config = read("--lam", "0", "--lr", "0.25", "--no-train-vision")
-    assert (config.lr, config.lam, config.train_vision) == (0.25, 0.0, False)
+    config = read("--lam", "0", "--lr", "0.25", "--updates", "3")
+    assert (config.lr, config.lam, config.updates) == (0.25, 0.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,11 @@ def test_a_given_value_goes_before_the_toy_value(read):
         (["--report"], "report", THIS_RUN),
         ([], "check", False),
         (["--check"], "check", True),
-        (["--train-vision"], "train_vision", True),
+        ([], "freeze_vision", False),
+        (["--freeze-vision"], "freeze_vision", True),
+        ([], "scale_advantages", True),
+        (["--scale-advantages"], "scale_advantages", True),
+        (["--no-scale-advantages"], "scale_advantages", False),
     ],
 )
 def test_bare_options(read, argv, name, value):
@@ -117,7 +121,7 @@ def values_at_bounds(inside):
 def test_every_number_has_a_bound():
     unbounded = [setting.name for setting in NUMBERS if not set(setting.metadata) & set(BOUNDS)]
     assert not unbounded
-    assert len(values_at_bounds(inside=True)) >= len(NUMBERS) == 35
+    assert len(values_at_bounds(inside=True)) >= len(NUMBERS) == 36
 
 
 @pytest.mark.parametrize("name, value", values_at_bounds(inside=True))
@@ -164,7 +168,9 @@ def test_another_text_than_the_choices_is_refused_by_the_option_s_name(setting, 
         (["--tau", "nan"], "--tau must be above 0 and at most 1, got nan"),
         (["--clip-low", "1"], "--clip-low must be at least 0 and below 1, got 1.0"),
         (["--jsd-k", "0"], "--jsd-k must be at least 1, got 0"),
-        (["--seed", "400"], "--seed must be at least 0 and at most 399, got 400"),
+        (["--dual-clip", "0.5"], "--dual-clip must be 0 or above 1, got 0.5"),
+        (["--dual-clip", "1"], "--dual-clip must be 0 or above 1, got 1.0"),
+        (["--seed", "1000"], "--seed must be at least 0 and at most 999, got 1000"),
         (["--name", ".."], "--name must be a plain folder name, got '..'"),
         (["--name", "a/b"], "--name must be a plain folder name, got 'a/b'"),
     ],
@@ -239,7 +245,7 @@ def test_config_json_of_a_run_holds_exactly_the_fields(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "runs" / "x" / "config.json").read_text())
     assert sorted(saved) == sorted(ALL)
     assert TrainConfig(**saved).tau == 0.5
-    assert (saved["steps"], saved["model"], saved["lam"]) == (1, EMBEDDED, 10.0)
+    assert (saved["steps"], saved["model"], saved["lam"]) == (1, EMBEDDED, 30.0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 import yaml  # accelerate needs it
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from conftest import ROOT, gradient, rollout  # it puts the repository's root on the path
+from conftest import ROOT, flat, gradient, rollout  # it puts the repository's root on the path
 from torch.distributed.fsdp import FSDPModule
 
 import train
@@ -61,10 +61,21 @@ def make_trainer(fsdp: bool = False, **settings) -> train.Trainer:
     return train.Trainer(config, accelerator, processor, student, reference)
 
 
+def move_student(trainer) -> None:
+    """Adds noise to the weights, the same in every process.
+
+    A student that equals the reference has a KL penalty of 0, with gradient 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
 # ---------------------------------------------------------------------------------- fixed responses
-def make_responses(trainer, case: str, questions) -> list[Response]:
+def make_groups(trainer, case: str, questions) -> list[list[Response]]:
     """Four random responses per question, not yet weighed; the same in every process."""
-    return [r for q in questions for r in make_group(trainer, q, tutored=TUTORED[case][q])]
+    return [make_group(trainer, q, tutored=TUTORED[case][q]) for q in questions]
 
 
 def make_group(trainer, number: int, tutored: int) -> list[Response]:
@@ -80,20 +91,19 @@ def make_group(trainer, number: int, tutored: int) -> list[Response]:
         response = Response(plain, ids, text="", truncated=False, teacher_prompt=hinted)
         response.advantage = float(torch.randn((), generator=generator))
         response.tutored = g < tutored
-        response.penalised = tutored == 0
         group.append(response)
     return group
 
 
-def score(trainer, responses: list[Response]) -> dict:
-    """Phase 5, of responses that are an optimizer step of their own: weigh them, then score."""
-    trainer.weigh(responses)
-    return trainer.score(responses)
+def score(trainer, groups: list[list[Response]]) -> dict:
+    """Phase 5, of groups that are an optimizer step of their own: weigh them, then score."""
+    trainer.weigh(groups)
+    return trainer.score(flat(groups))
 
 
-def update(trainer, responses: list[Response]) -> dict:
+def update(trainer, groups: list[list[Response]]) -> dict:
     """`score`, then phase 6."""
-    return score(trainer, responses) | trainer.step()
+    return score(trainer, groups) | trainer.step()
 
 
 # ------------------------------------------------------------------------------ what comes out, OUT
@@ -101,8 +111,9 @@ def gradients(trainer) -> dict:
     """Gradient and loss parts of one step over each case's responses."""
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
     saved = {}
+    move_student(trainer)
     for case in TUTORED:
-        parts = score(trainer, make_responses(trainer, case, range(rank, 4, world_size)))
+        parts = score(trainer, make_groups(trainer, case, range(rank, 4, world_size)))
         saved[case] = {"grads": gradient(trainer), "parts": parts}
         trainer.optimizer.zero_grad()
     return saved
@@ -112,7 +123,7 @@ def sharded_run(trainer, out: str) -> dict:
     """Three optimizer steps, what the student samples then, its evaluation, a checkpoint."""
     accelerator = trainer.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    parts = [update(trainer, responses_of_step(trainer, step)) for step in range(3)]
+    parts = [trainer.score(responses_of_step(trainer, step)) | trainer.step() for step in range(3)]
     questions = world.puzzles("tune", 4)
     # a question without an image beside one that has one
     questions[2].images, questions[2].text = [], "How many points ?"
@@ -134,14 +145,18 @@ def sharded_run(trainer, out: str) -> dict:
 
 
 def responses_of_step(trainer, step: int) -> list[Response]:
-    """Those of the case "one"; after the first step question 3 has one response, not four.
+    """Those of the case "one", weighed; after the first step question 3 has one, not four.
 
     So process 1 has fewer micro-batches than process 0. One process alone gets the same responses.
     """
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    responses = make_responses(trainer, "one", range(rank, 4, world_size))
+    groups = make_groups(trainer, "one", range(rank, 4, world_size))
     has_question_3 = rank == world_size - 1
-    return responses[:-3] if step and has_question_3 else responses
+    if step and has_question_3:
+        for response in groups[-1][1:]:
+            response.in_loss = False
+    trainer.weigh(groups)  # whole groups; what is left out counts nothing, and can go only now
+    return [response for response in flat(groups) if response.in_loss]
 
 
 def save_and_load(trainer, folder: str) -> tuple[dict, bool]:
