@@ -122,7 +122,7 @@ def table(rows: list[dict]) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """Accuracy over steps, one line per run."""
     plt = load_pyplot("--figure")
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.6, 3.4), layout="constrained")
     style = {"marker": "o", "markersize": 3.5, "alpha": 0.85}
     named = set()
     for arm in ARMS:
@@ -137,12 +137,12 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set(
         xlabel="optimizer step",
         ylabel="held-out accuracy, %",
-        ylim=(0, 100),
+        ylim=(0, 102),
         title="Plain questions, no hint: the tutored student learns where to look",
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
