@@ -78,9 +78,7 @@ class RunConfig:
         False, "leave out what cannot be read, and list it, instead of stopping at the first"
     )
     max_prompt: int = option(
-        8192,
-        "a question with a longer prompt, in tokens, is left out, never cut (paper: 8192)",
-        at_least=1,
+        8192, "a question with a longer prompt, in tokens, is left out, never cut", at_least=1
     )
     min_pixels: int = option(0, "smallest area of an image, pixels; 0: the model's own", at_least=0)
     max_pixels: int = option(
