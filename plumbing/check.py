@@ -71,9 +71,8 @@ class Table:
 
 def check_scores(trainer: Trainer, responses: list[Response], table: Table) -> None:
     """The responses scored in every way that training does: do the scores agree?"""
-    batch = trainer.collate(responses)
+    batch, views = trainer.collate(responses), teacher_views(trainer, responses)
     with torch.no_grad(), trainer.accelerator.autocast():
-        views = teacher_views(trainer, responses)
         moved = {name: mean_divergence(trainer, batch, views, name) for name in ("nothing", "grey")}
         together, _, _ = trainer.student_scores(batch)
         alone = [trainer.student_scores(trainer.collate([r]))[0][0] for r in responses]
@@ -126,7 +125,7 @@ def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torc
 
     def states(prompts: list[Prompt]) -> torch.Tensor:
         batch = trainer.collate(responses, prompts=prompts)
-        return trainer.reference(lambda model: response_states(model, batch))[batch.mask]
+        return trainer.ask_reference(lambda model: response_states(model, batch))[batch.mask]
 
     return {
         "hint": states(encode_prompts(trainer.processor, questions, hinted)),

@@ -411,6 +411,7 @@ def train(model, processor, stage: Stage, batch_size: int) -> None:
 
 
 def percent(right: list[bool]) -> float:
+    """The share of True, in percent."""
     return 100 * sum(right) / len(right)
 
 
@@ -436,6 +437,7 @@ def print_table(model, processor, count: int = 400) -> None:
 
 # -------------------------------------------------------------------------------------- the run
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
