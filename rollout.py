@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing.answers import extract_answer, same_answer
-from plumbing.decoding import decode, generate_by_transformers, uniforms
+from plumbing.decoding import CastingCache, decode, generate_by_transformers, uniforms
 from plumbing.images import open_image
 from plumbing.memory import sequence_bytes
 
@@ -239,16 +239,17 @@ def prefill(model, prompts: dict[str, Tensor], prompt_of: Tensor):
     one by one, and no error says so. rope_deltas is state that the last prefill left on the model,
     so read it at once. After a batch of text alone it is stale.
     """
-    out = model.model(**prompts, use_cache=True)
+    cache = CastingCache(config=model.config.get_text_config())
+    out = model.model(**prompts, past_key_values=cache, use_cache=True)
     attended = prompts["attention_mask"]
     has_images = "pixel_values" in prompts
     deltas = model.model.rope_deltas if has_images else torch.zeros_like(attended[:, :1])
-    for layer in out.past_key_values.layers:
+    for layer in cache.layers:
         layer.keys = repeat_rows(layer.keys, prompt_of)
         layer.values = repeat_rows(layer.values, prompt_of)
     last_state = repeat_rows(out.last_hidden_state[:, -1:], prompt_of)
     positions = (attended.sum(1, keepdim=True) + deltas)[prompt_of]
-    return last_state, out.past_key_values, attended[prompt_of], positions
+    return last_state, cache, attended[prompt_of], positions
 
 
 def response_states(model, batch: Batch) -> Tensor:

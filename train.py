@@ -121,29 +121,29 @@ def token_scores(
     """Log-prob, entropy and Top-K JSD of the response tokens, each (B, T), 0 outside the mask.
 
     tutored (B,) bool: the rows that teacher_states (their tokens, H) belong to; the JSD is 0 in the
-    others, and None without a teacher. settings: of losses.scores_from_hidden. Gradient and what is
-    detached: as there. Each token meets the head once.
+    others, and None without a teacher. Those rows meet the head apart from the others, with or
+    without a teacher. settings: of losses.scores_from_hidden. Gradient and what is detached: as
+    there. Each token meets the head once.
     """
     states, head = response_states(model, batch), model.get_output_embeddings()
 
     def scores_at(tokens: Tensor, *teacher):
         return scores_from_hidden(states[tokens], head, batch.ids[tokens], *teacher, **settings)
 
-    tutored_tokens = torch.zeros_like(batch.mask)
-    if teacher_states is not None:
-        tutored_tokens = batch.mask & tutored.unsqueeze(1)
+    zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    if tutored is None:
+        tutored = torch.zeros_like(batch.mask[:, 0])
+    tutored_tokens = batch.mask & tutored.unsqueeze(1)
     other_tokens = batch.mask & ~tutored_tokens
     logp, entropy, _ = scores_at(other_tokens)
-    zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
     logp = zeros.masked_scatter(other_tokens, logp)
     entropy = zeros.masked_scatter(other_tokens, entropy)
-    if teacher_states is None:
+    if not tutored.any():
         return logp, entropy, None
-    tutored_scores = scores_at(tutored_tokens, teacher_states, teacher_head)
-    return tuple(
-        scores.masked_scatter(tutored_tokens, of_tutored)
-        for scores, of_tutored in zip((logp, entropy, zeros), tutored_scores, strict=True)
-    )
+    tutored_logp, tutored_entropy, jsd = scores_at(tutored_tokens, teacher_states, teacher_head)
+    logp = logp.masked_scatter(tutored_tokens, tutored_logp)
+    entropy = entropy.masked_scatter(tutored_tokens, tutored_entropy)
+    return logp, entropy, None if jsd is None else zeros.masked_scatter(tutored_tokens, jsd)
 
 
 class Trainer(Engine):
@@ -200,9 +200,10 @@ class Trainer(Engine):
                 response.tutored = bool(tutored[n, g])
         per_step = config.questions // self.accelerator.num_processes
         for start in range(0, len(groups), per_step):
-            self.weigh(groups[start : start + per_step])
-        if config.updates > 1:  # otherwise pi_old is the current policy, and the ratio is 1
-            self.record_old_logp([response for group in groups for response in group])
+            groups_of_step = groups[start : start + per_step]
+            self.weigh(groups_of_step)
+            if config.updates > 1:  # otherwise pi_old is the current policy, and the ratio is 1
+                self.record_old_logp([response for group in groups_of_step for response in group])
 
     def hinted_prompt(self, prompt: Prompt, chat: list[dict]) -> Prompt:
         """The same question and images (or their features), and the teacher's chat (Eq. 9)."""
@@ -228,10 +229,15 @@ class Trainer(Engine):
 
     @torch.no_grad()
     def record_old_logp(self, responses: list[Response]) -> None:
-        """Fill in the log-probs under the policy that sampled (pi_old, Eq. 2)."""
-        self.student.eval()  # TRAP: in training mode, gradient checkpointing allows no cache
+        """Fill in the log-probs under the policy that sampled (pi_old, Eq. 2).
+
+        responses: of one optimizer step. They are scored exactly as `loss` does: another path or
+        other micro-batches would round otherwise, and the first ratio would not be 1.
+        """
+        self.student.train()
         for part in self.micro_batches(responses):
-            logp, _, _ = self.student_scores(self.collate(part))
+            tutored = self.tensor([response.tutored for response in part])
+            logp, _, _ = self.student_scores(self.training_batch(part), tutored=tutored)
             for response, row in zip(part, logp, strict=True):
                 response.old_logp = row[: len(response.ids)]
 
@@ -264,8 +270,7 @@ class Trainer(Engine):
 
     def loss(self, responses: list[Response]) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch's share of the step's loss (Eq. 12), and its parts."""
-        batch = self.collate(responses, self.config.gradient_checkpointing)
-        batch.mask &= self.tensor([response.in_loss for response in responses]).unsqueeze(1)
+        batch = self.training_batch(responses)
         teacher = self.teacher_arguments(responses)
         reference_logp = self.reference_logp(responses, batch.mask)
         logp, entropy, teacher_divergence = self.student_scores(batch, **teacher)

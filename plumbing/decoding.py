@@ -7,7 +7,22 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+
+
+class CastingCache(DynamicCache):
+    """A cache of keys and values in the type that attention multiplies in.
+
+    TRAP: under autocast, keys are promoted to float32 by the float32 rotary tables, and the cache
+    with them: twice the memory of what attention then casts to bfloat16 again.
+    """
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs):
+        device = keys.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **kwargs)
 
 
 def draw(

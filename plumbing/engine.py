@@ -80,8 +80,7 @@ class Engine:
     @torch.no_grad()
     def ask_reference(self, run: Callable):
         """run(the frozen reference), without gradient."""
-        with self.accelerator.autocast():
-            return self.reference(run)
+        return self.reference(run)
 
     def clip_gradient(self) -> Tensor:
         """Clip the gradient to config.grad_clip and return its norm before that."""
@@ -100,6 +99,15 @@ class Engine:
             self.accelerator.device,
             one_prompt_per_response,
         )
+
+    def training_batch(self, responses: list[Response]) -> Batch:
+        """A micro-batch as the student is scored in training; its mask: the tokens in the loss.
+
+        Old log-probs are scored on the same batch, so that the first ratio is 1.
+        """
+        batch = self.collate(responses, self.config.gradient_checkpointing)
+        batch.mask &= self.tensor([response.in_loss for response in responses]).unsqueeze(1)
+        return batch
 
     def micro_batches(self, responses: list[Response]) -> list[list[Response]]:
         """plumbing.memory.micro_batches; sharded, as many of them on every process."""

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForImageTextToText
 
 from plumbing.images import take_features
@@ -23,11 +23,17 @@ class RunInForward(torch.nn.Module):
     """A language model whose forward is run(model), for any function `run`.
 
     Whatever needs the weights runs inside this forward, so that DDP and FSDP see every use of them.
+
+    autocast: the context of mixed precision. Student and reference compute alike: the products in
+    bfloat16, the residual stream in float32, whatever the type of the weights and whether they are
+    sharded. So the KL penalty starts at 0.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, autocast: Callable = contextlib.nullcontext):
         super().__init__()
-        self.model = model
+        self.model, self.autocast = model, autocast
+        # TRAP: bfloat16 weights give a bfloat16 residual stream, float32 masters a float32 one
+        model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].float())
         # What FSDP shards module by module. The vision tower's blocks are not among them: on a
         # process without images their gathers would be missing.
         self._no_split_modules = [
@@ -39,7 +45,8 @@ class RunInForward(torch.nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, run: Callable):
-        return run(self.model)
+        with self.autocast():
+            return run(self.model)
 
 
 class LoraReference:
@@ -89,13 +96,13 @@ def build(config: TrainConfig, accelerator: Accelerator):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if config.lora and sharded:
         raise ValueError("--lora does not run under FSDP: use one of them")
-    student = _load(config.model, half if config.lora else torch.float32)
+    student = _load(config.model, half if config.lora else torch.float32, accelerator)
     student.model.model.visual.requires_grad_(not frozen_tower(config))
     if config.lora:
         _add_adapters(student.model, config.lora)
         reference = LoraReference(student)
     else:
-        reference = _load(config.model, half).eval().requires_grad_(False)
+        reference = _load(config.model, half, accelerator).eval().requires_grad_(False)
     if frozen_tower(config):
         take_features(student.model)
         if not config.lora:
@@ -103,6 +110,7 @@ def build(config: TrainConfig, accelerator: Accelerator):
     if config.gradient_checkpointing:
         _recompute_activations(student.model)
     if sharded:
+        _set_policy(accelerator)
         _shard(reference, accelerator)
         return student, reference  # accelerator.prepare shards the student
     student.to(accelerator.device)
@@ -111,8 +119,9 @@ def build(config: TrainConfig, accelerator: Accelerator):
     return student, reference
 
 
-def _load(path: str, dtype: torch.dtype) -> RunInForward:
-    return RunInForward(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype))
+def _load(path: str, dtype: torch.dtype, accelerator: Accelerator) -> RunInForward:
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return RunInForward(model, accelerator.autocast)
 
 
 def _add_adapters(model, rank: int) -> None:
@@ -133,6 +142,18 @@ def _recompute_activations(model) -> None:
     else:  # its name up to transformers 5.17
         enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _set_policy(accelerator: Accelerator) -> None:
+    """FSDP2's mixed precision for the student: gather in bfloat16, reduce gradients in float32.
+
+    TRAP: accelerate's own policy casts outputs and each layer's inputs to bfloat16 as well. Then
+    log-probs come out in bfloat16, and the residual stream is another one than on one GPU.
+    """
+    if accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
 
 
 def _shard(reference: RunInForward, accelerator: Accelerator) -> None:

@@ -130,6 +130,16 @@ def trainer():
     return make_trainer()
 
 
+@pytest.fixture
+def any_precision():
+    """accelerate keeps one precision per process: forget it before and after the test."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def rollout(trainer, questions, keys=None):
     """Phases 1 to 4: a group of responses per question, graded and assigned."""
     groups = trainer.sample(trainer.read(questions), keys)

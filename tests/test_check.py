@@ -100,9 +100,16 @@ def test_questions_without_hints(trainer):
     assert failures(trainer, QuestionStream(questions, 0)) == ["hints"]
 
 
-@pytest.mark.parametrize("options,code", [([], 0), (["--max-new-tokens", "4"], 1)])
+@pytest.mark.parametrize(
+    "options,code",
+    [
+        ([], 0),
+        (["--precision", "bf16", "--gradient-checkpointing"], 0),
+        (["--max-new-tokens", "4"], 1),
+    ],
+)
 def test_the_check_from_the_command_line_writes_nothing(
-    options, code, tmp_path, monkeypatch, capsys
+    options, code, tmp_path, monkeypatch, capsys, any_precision
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -20,9 +20,9 @@ OPTIONS = shlex.split(
 
 
 def run_script(folder, processes, *args):
-    """tests/two_processes.py in `folder`; in two processes or more, by torchrun."""
+    """tests/two_processes.py in `folder`; by torchrun, unless it is one process without shards."""
     launch = [sys.executable]
-    if processes > 1:
+    if processes > 1 or args[0] == "train":
         launch += ["-m", "torch.distributed.run", "--standalone"]
         launch += ["--nproc_per_node", str(processes)]
     done = subprocess.run(
@@ -106,3 +106,34 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(tmp_path, monkey
         for run in (alone, sharded)
     ]
     assert_weights_close(weights[1], weights[0], 1e-3)
+
+
+# what a GPU run has and the tests above have not
+HALF_PRECISION = shlex.split("--precision bf16 --gradient-checkpointing --updates 2 --beta-kl 0.1")
+
+
+def test_fsdp_bf16_trains_as_one_process_does(tmp_path, monkeypatch, any_precision):
+    """accelerate's own policy of mixed precision casts log-probs to bfloat16: the run ended there.
+
+    Two updates on a rollout, vision tower trained. One process goes on from the checkpoint of two.
+    """
+    monkeypatch.chdir(tmp_path)
+    options = [*OPTIONS, *HALF_PRECISION]
+    train.main([*options, "--steps", "2", "--name", "alone"])
+    run_script(tmp_path, 2, "train", *options, "--steps", "2", "--name", "sharded")
+    alone, sharded = logged(tmp_path / "runs" / "alone"), logged(tmp_path / "runs" / "sharded")
+    assert len(sharded) == 3
+    for expected, row in zip(alone[1:], sharded[1:], strict=True):
+        for name in ("reward", "tutored", "length", "tutor_loss", "entropy", "grad_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=0.02), name
+    first_step = sharded[1]
+    assert first_step["kl"] < 2e-5, "student and reference start equal"
+    assert first_step["ratio_max"] < 2e-6, "old log-probs are scored as the update scores"
+    run_script(tmp_path, 1, "train", "--resume", "runs/sharded", "--steps", "4")
+    assert [row["step"] for row in logged(tmp_path / "runs" / "sharded")] == [0, 1, 2, 3, 4]
+
+
+def test_fsdp_check_in_bf16_passes(tmp_path):
+    """--check collects norms of sharded gradients; its bounds hold in bfloat16."""
+    run_script(tmp_path, 2, "train", "--check", *HALF_PRECISION, "--group-size", "2")
+    assert not (tmp_path / "runs").exists()

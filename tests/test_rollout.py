@@ -16,6 +16,7 @@ from rollout import (
     encode_prompts,
     eos_tokens,
     pad_prompts,
+    prefill,
     respond_in_parts,
     response_states,
     reward,
@@ -497,3 +498,20 @@ def test_reward(response, correct, format_weight, expected):
 def test_reward_of_thinking(response, expected):
     assert reward(response, True, 0.1, think=True) == pytest.approx(expected, rel=1e-12)
     assert reward(response, False, 0.1, think=True) == pytest.approx(expected - 0.9, rel=1e-12)
+
+
+def test_the_cache_is_in_the_type_that_attention_multiplies_in(tiny):
+    model, processor = tiny
+    [question] = world.puzzles("tune", 1)
+    [prompt] = student_prompts(processor, [question])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cache, attended, start = prefill(model, pad_prompts([prompt], 0), torch.tensor([0, 0]))
+        model.model(
+            input_ids=torch.tensor([[5], [6]]),
+            attention_mask=torch.cat([attended, torch.ones(2, 1, dtype=torch.long)], 1),
+            position_ids=start.expand(3, -1, -1),
+            past_key_values=cache,
+        )
+    for layer in cache.layers:
+        assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+        assert layer.keys.shape[:3:2] == (2, len(prompt.ids) + 1)

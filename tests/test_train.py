@@ -626,3 +626,20 @@ def test_evaluation_counts_every_question_once(trainer):
     assert hinted["accuracy"] > plain["accuracy"]
     questions[0].hint = None
     assert trainer.evaluate(questions, teacher_messages)["questions"] == 9
+
+
+# ----------------------------------------------------------------------------------------- bfloat16
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_first_ratio_is_1_and_the_kl_penalty_starts_at_0(precision, recompute, any_precision):
+    """Old log-probs are scored as the update scores; student and reference compute alike."""
+    settings = {"precision": precision, "gradient_checkpointing": recompute}
+    trainer = make_trainer(**settings, questions=2, updates=2, group_size=4, max_new_tokens=40)
+    groups = rollout(trainer, world.puzzles("tune", 4))
+    for of_step in (groups[:2], groups[2:]):
+        assert any(response.tutored for response in flat(of_step))
+        parts = trainer.score(flat(of_step))
+        trainer.optimizer.zero_grad()
+        assert parts["ratio_max"] < 2e-6
+        # recomputed, the student runs whole sequences, and the reference goes on from a cache
+        assert parts["kl"] < (1e-4 if recompute and precision == "bf16" else 1e-11)

@@ -31,7 +31,11 @@ SHARDED_RUN = {"lr": 1e-4, "warmup": 0, "group_size": 2, "max_new_tokens": 30}
 
 
 def sharding_accelerator(*args, **settings) -> Accelerator:
-    """On a CPU accelerate would fall back from FSDP to DDP. Shards in one process too."""
+    """What accelerate makes of fsdp.yaml on a GPU. Shards in one process too.
+
+    On a CPU it would fall back from FSDP to DDP. Its policy of mixed precision is set as its
+    AcceleratorState does.
+    """
     accelerator = Accelerator(*args, **{"cpu": True, **settings})
     # both, as each new AcceleratorState copies the second one over the first
     for state in (accelerator.state, accelerate.PartialState()):
@@ -46,6 +50,8 @@ def sharding_accelerator(*args, **settings) -> Accelerator:
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=config["fsdp_version"], **{name: config[f"fsdp_{name}"] for name in names}
     )
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
     return accelerator
 
 
@@ -55,7 +61,9 @@ def make_trainer(fsdp: bool = False, **settings) -> train.Trainer:
     method = {"lam": 2.0, "beta_kl": 0.1, "jsd_k": 7}
     config = train.TrainConfig(**{"micro_tokens": 200, **method, **settings})
     sharded = fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    accelerator = sharding_accelerator(cpu=True) if sharded else Accelerator(cpu=True)
+    precision = "bf16" if config.precision == "bf16" else "no"
+    make_accelerator = sharding_accelerator if sharded else Accelerator
+    accelerator = make_accelerator(cpu=True, mixed_precision=precision)
     student, reference = build(config, accelerator)
     processor = load_processor(config.model)
     return train.Trainer(config, accelerator, processor, student, reference)
