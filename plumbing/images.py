@@ -9,6 +9,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers import logging as transformers_logging
@@ -55,34 +58,130 @@ def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
 class ImageTextProcessor(Qwen2VLProcessor):
     """A processor of Qwen2-VL, Qwen2.5-VL and Qwen3-VL for images and text alone.
 
-    It has no video processor, so it does not need torchvision.
+    It has no video processor, so it does not need torchvision. hub_class: the name of the
+    model's own processor class, which is the one that is saved.
     """
+
+    hub_class = Qwen2VLProcessor.__name__
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
+    def to_dict(self) -> dict:
+        # TRAP: where the saved class is unknown, AutoProcessor silently returns a tokenizer
+        return {**super().to_dict(), "processor_class": self.hub_class}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save it with preprocessor_config.json, the file that older versions and others read."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        return [*files, *self.image_processor.save_pretrained(save_directory)]
+
+
+def first_line(error: Exception) -> str:
+    """What a message to the user says of an exception: transformers' texts have many lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_reachable(model: str) -> None:
+    """Raise ValueError where a hub name is neither in the local cache nor found on the hub.
+
+    One request without a second attempt: transformers itself tries for half a minute, and prints
+    each failure. A folder passes.
+    """
+    if Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"))
+    except (HTTPError, OSError) as error:  # OSError: switched to offline
+        raise ValueError(
+            f"{model}: is not in the local cache and cannot be reached on the hub: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
+
 
 def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageTextProcessor:
-    """The processor of a saved model, by pillow.
+    """The processor of a saved model, by pillow. path: a folder or hub name.
 
     min_pixels, max_pixels: smallest and largest area of an image; 0: the model's own. Raises
-    ValueError where there is no chat template.
+    ValueError where a file cannot be read, where the tokenizer is empty or has no image token, and
+    where there is no chat template or one that leaves images out.
 
     TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and
     AutoImageProcessor wants torchvision in some versions. So each part is loaded by its class,
     which the three model families share.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer.chat_template:
+    check_reachable(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(path)
+        saved, _ = ImageTextProcessor.get_processor_dict(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot read its processor: {first_line(error)}") from None
+    images = _image_processor(settings, min_pixels, max_pixels)
+    template, owner = _chat_template(saved, tokenizer)
+    if not template:
+        raise ValueError(f"{path}: it has no chat template, which ptdpo needs to build prompts")
+    processor = ImageTextProcessor(images, tokenizer, chat_template=template)
+    named = saved.get("processor_class") or settings.get("processor_class")
+    if named and named != ImageTextProcessor.__name__:  # our exports had this name once
+        processor.hub_class = named
+    # TRAP: where the tokenizer's files are missing, transformers silently makes an empty tokenizer,
+    # to which all text is nothing
+    ids = tokenizer("a" + processor.image_token)["input_ids"]
+    if len(ids) < 2 or ids[-1] != processor.image_token_id:
         raise ValueError(
-            f"{path}: its tokenizer has no chat template, which ptdpo needs to build prompts"
+            f"{path}: its tokenizer is empty or has no {processor.image_token}: are its files "
+            "there?"
         )
-    images = Qwen2VLImageProcessorPil.from_pretrained(path)
-    images.size = {
-        "shortest_edge": min_pixels or images.size["shortest_edge"],
-        "longest_edge": max_pixels or images.size["longest_edge"],
+    if not _shows_image(processor):
+        raise ValueError(
+            f"{path}: the chat template of its {owner} leaves images out: in a chat with one image "
+            f"there must be one {processor.image_token}"
+        )
+    return processor
+
+
+def _image_processor(settings: dict, min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
+    """An image processor from its file. Pixels: those asked for, else the file's, else `size`.
+
+    Hub files of Qwen2-VL and Qwen2.5-VL have min_pixels and max_pixels, those of Qwen3-VL `size`.
+
+    TRAP: without a `size` of its own, transformers 5.17 writes a model's pixels into the class, and
+    the next model starts from them. So it always gets a copy.
+    """
+    size = dict(settings.get("size") or Qwen2VLImageProcessorPil.size)
+    limits = {
+        "min_pixels": min_pixels or settings.get("min_pixels"),
+        "max_pixels": max_pixels or settings.get("max_pixels"),
     }
-    return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    return Qwen2VLImageProcessorPil(**{**settings, **limits, "size": size})
+
+
+def _chat_template(saved: dict, tokenizer) -> tuple[str | None, str]:
+    """The chat template, and what it belongs to with the file's names, for messages.
+
+    The processor's own comes first, in transformers' order. A hub model's tokenizer may have
+    another one, for text and tools alone.
+    """
+    template, owner = (
+        saved.get("chat_template"),
+        ("processor (processor_config.json, chat_template.json or chat_template.jinja)"),
+    )
+    if not template:
+        template, owner = tokenizer.chat_template, "tokenizer (tokenizer_config.json)"
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return template, owner
+
+
+def _shows_image(processor: ImageTextProcessor) -> bool:
+    """Does the chat template give one image token for one image?"""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TemplateError, TypeError):  # made for texts, it gets a list of parts
+        return False
+    return text.count(processor.image_token) == 1
 
 
 def quiet_loading() -> None:

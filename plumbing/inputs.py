@@ -14,7 +14,7 @@ from hints import Hint, screen_hints, teacher_messages
 from plumbing.answers import load_judge
 from plumbing.data import QuestionStream, load_questions
 from plumbing.hint_file import join_hints
-from plumbing.images import ImageTextProcessor, load_processor
+from plumbing.images import ImageTextProcessor, check_reachable, first_line, load_processor
 from rollout import Question, student_messages
 
 if TYPE_CHECKING:
@@ -98,10 +98,15 @@ def _check_model(model: str) -> None:
             f"--model {model}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
         )
     try:
+        check_reachable(model)
+    except ValueError as error:
+        raise ValueError(f"--model {error}") from None
+    try:
         model_type = AutoConfig.from_pretrained(model).model_type
     except (OSError, ValueError) as error:
-        headline = str(error).splitlines()[0]
-        raise ValueError(f"--model {model}: cannot read its config.json: {headline}") from None
+        raise ValueError(
+            f"--model {model}: cannot read its config.json: {first_line(error)}"
+        ) from None
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"--model {model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}"
