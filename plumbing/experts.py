@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from transformers import AutoModelForImageTextToText
 
 from hints import CutOff, NoReply, Rejected
 from plumbing.images import load_processor, open_image
+from plumbing.models import load_model
 from rollout import Question, encode_prompts, sample_groups
 
 TEMPERATURE = 0.7
@@ -32,14 +32,14 @@ NO_CHAT_REPLY = (HTTPError, OSError, ValueError, TypeError, LookupError)
 def load_expert(path: str):
     """Load a vision-language model by hub name or path, in eval mode -> (processor, model).
 
-    With a GPU the weights are bfloat16, without one they are float32.
+    With a GPU the weights are bfloat16, without one they are float32. Raises ValueError where the
+    model cannot be loaded.
     """
     device, dtype = "cpu", torch.float32
     if torch.cuda.is_available():
         device, dtype = "cuda", torch.bfloat16
     processor = load_processor(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    return processor, model.to(device).eval()
+    return processor, load_model(path, dtype).to(device).eval()
 
 
 def local_expert(path: str, max_new_tokens: int):

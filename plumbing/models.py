@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForImageTextToText
 
-from plumbing.images import take_features
+from plumbing.images import first_line, take_features
 
 if TYPE_CHECKING:
     from train import TrainConfig
@@ -90,7 +91,7 @@ def build(config: TrainConfig, accelerator: Accelerator):
     """Student and frozen reference, on the accelerator's device.
 
     Trained weights are float32 masters. The reference is bf16 where bf16 is used, and sharded as
-    the student will be. Raises ValueError for LoRA under FSDP.
+    the student will be. Raises ValueError for LoRA under FSDP, and as load_model does.
     """
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -120,8 +121,45 @@ def build(config: TrainConfig, accelerator: Accelerator):
 
 
 def _load(path: str, dtype: torch.dtype, accelerator: Accelerator) -> RunInForward:
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    return RunInForward(model, accelerator.autocast)
+    return RunInForward(load_model(path, dtype), accelerator.autocast)
+
+
+def load_model(path: str, dtype: torch.dtype):
+    """A saved vision-language model with all of its weights. path: a folder or hub name.
+
+    Raises ValueError, one line, where a file is missing or damaged, and where the checkpoint's
+    weights are not exactly the model's.
+
+    TRAP: from_pretrained draws missing weights at random and only warns of it.
+    """
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot load its weights: {first_line(error)}") from None
+    mismatched = {
+        f"{name} {list(shape)}, not {list(expected)}"
+        for name, shape, expected in report["mismatched_keys"]
+    }
+    problems = [
+        _named("missing", report["missing_keys"]),
+        _named("unknown to the model", report["unexpected_keys"]),
+        _named("of another shape", mismatched),
+    ]
+    if any(problems):
+        raise ValueError(
+            f"{path}: its weights are not the model's: {'; '.join(filter(None, problems))}"
+        )
+    return model
+
+
+def _named(problem: str, keys: set[str], shown: int = 3) -> str:
+    """The number of keys and the first of them; "" where there are none."""
+    if not keys:
+        return ""
+    names = ", ".join(sorted(keys)[:shown])
+    return f"{len(keys)} {problem} ({names}{', ...' if len(keys) > shown else ''})"
 
 
 def _add_adapters(model, rank: int) -> None:
