@@ -267,6 +267,7 @@ def test_the_files_repetition_penalty_and_temperature_are_not_used(checkpoints, 
     model, processor = load_model(str(folder), torch.float32), load_processor(str(folder))
     prompts = prompts_of(processor, questions)
     assert model.generation_config.repetition_penalty == 1.05
+    model.generation_config.repetition_penalty = 50.0  # so that it would show
 
     def drawn():
         torch.manual_seed(0)
@@ -385,7 +386,7 @@ def test_weights_that_are_not_the_models_are_refused_in_one_line(
     copy = copy_changed(checkpoints, tmp_path, change)
     monkeypatch.chdir(questions)
     with pytest.raises(SystemExit) as stop:
-        train.main(["--model", str(copy), *OPTIONS, "--name", "refused"])
+        train.main(["--model", str(copy), *OPTIONS, "--steps", "1", "--name", "refused"])
     assert stop.value.code == 2
     line = refusal(capsys)
     assert f"error: {copy}: " in line
