@@ -163,12 +163,11 @@ def _chat_template(saved: dict, tokenizer) -> tuple[str | None, str]:
     The processor's own comes first, in transformers' order. A hub model's tokenizer may have
     another one, for text and tools alone.
     """
-    template, owner = (
-        saved.get("chat_template"),
-        ("processor (processor_config.json, chat_template.json or chat_template.jinja)"),
-    )
+    template = saved.get("chat_template")
+    owner = "processor (processor_config.json, chat_template.json or chat_template.jinja)"
     if not template:
-        template, owner = tokenizer.chat_template, "tokenizer (tokenizer_config.json)"
+        template = tokenizer.chat_template
+        owner = "tokenizer (tokenizer_config.json)"
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
     return template, owner
