@@ -129,10 +129,11 @@ def hint_without(part: str) -> Callable:
 def hint_of_another_puzzle(question):
     """The hint of another puzzle of the same family."""
     from toy import world
+    from toy.splits import INDICES
 
     seed = int(question.id.removeprefix("puzzle-"))
     family = question.family.split()[-1]  # "foggy row" is a row
-    return world.hint(world.make_puzzle("train", (seed + 7919) % world.INDICES, family))
+    return world.hint(world.make_puzzle("train", (seed + 7919) % INDICES, family))
 
 
 def blind_teacher(patches: Patches, train) -> None:

@@ -212,13 +212,13 @@ def one_run(job: dict) -> dict:
     from bench_losses import machine
 
     import train
-    from toy import world
+    from toy.splits import FIRST_SEED
 
     arm, curve, compared, final = ARMS[job["arm"]], [], [], {}
     with Patches() as patches, tempfile.TemporaryDirectory() as folder:
         if job["split"] == "tune":  # the evaluations on the way, too, are on this split's puzzles
-            tune = {"heldout": world.FIRST_SEED["tune"]}
-            patches.enter_context(mock.patch.dict(world.FIRST_SEED, tune))
+            tune = {"heldout": FIRST_SEED["tune"]}
+            patches.enter_context(mock.patch.dict(FIRST_SEED, tune))
         if arm.patch:
             arm.patch(patches, train)
         measure_at_the_end(patches, train, job, final)

@@ -15,6 +15,7 @@ from plumbing.answers import load_judge
 from plumbing.data import QuestionStream, load_questions
 from plumbing.hint_file import join_hints
 from plumbing.images import ImageTextProcessor, check_reachable, first_line, load_processor
+from plumbing.settings import is_embedded
 from rollout import Question, student_messages
 
 if TYPE_CHECKING:
@@ -52,11 +53,12 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
     folder = _run_folder(config)
     processor = load_processor(config.model, config.min_pixels, config.max_pixels)
     reader = _Reader(config, processor)
+    embedded = is_embedded(config.model)
     if config.eval_data:
         held_out = reader.load(config.eval_data, config.eval_split)
         reader.screen_held_out(held_out)
     else:
-        held_out = world.puzzles("heldout", config.eval_questions, fog=config.fog)
+        held_out = world.puzzles("heldout", config.eval_questions, 0, config.fog, embedded)
     if config.data:
         questions = reader.load(config.data, config.split)
         note = reader.take_hints(questions)
@@ -68,8 +70,9 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
                 "a micro-batch without one leaves the tower's weights out: add --freeze-vision"
             )
     else:
-        note = "questions: built-in puzzles, all with a hint"
-        stream = world.PuzzleStream(config.seed, config.fog)
+        made_for = "" if embedded else " for real models, 448 pixels"
+        note = f"questions: built-in puzzles{made_for}, all with a hint"
+        stream = world.PuzzleStream(config.seed, config.fog, embedded)
     note += reader.left_out()
     held_out = held_out[: config.eval_questions]
     return Inputs(stream, held_out, note, folder, processor, same_answer)
@@ -84,6 +87,8 @@ def _check_options(config: TrainConfig, world_size: int) -> None:
         raise ValueError("--hints needs --data: the puzzles bring their own")
     if config.fog and config.data:
         raise ValueError("--fog is for the built-in puzzles: it cannot stand beside --data")
+    if config.fog and not is_embedded(config.model):
+        raise ValueError("--fog is for the embedded model: the puzzles of other models have no fog")
     if config.report and world_size > 1:
         raise ValueError(
             "--report runs in one process: afterwards, python train.py --report "

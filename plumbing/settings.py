@@ -29,6 +29,11 @@ BOUNDS = {
 }
 
 
+def is_embedded(model: str) -> bool:
+    """Whether a model's path is that of the embedded one, however it is written."""
+    return Path(model).resolve() == Path(EMBEDDED)
+
+
 def option(default, text: str, **rules):
     """A dataclass field that is also a command-line option, with its help text.
 
@@ -89,8 +94,8 @@ class RunConfig:
     )
     fog: float = option(
         0.0,
-        "share of the built-in puzzles that are in fog: there the hinted teacher is right only 2 "
-        "times in 3",
+        "share of the embedded model's puzzles that are in fog: there the hinted teacher is right "
+        "only 2 times in 3",
         at_least=0,
         at_most=1,
     )
@@ -260,7 +265,7 @@ def read_settings(config_class, parser: Parser, toy: dict, argv=None):
         given = _settings_of_run(config_class, parser, given, "resume", allowed={"steps"})
     elif given.get("report", THIS_RUN) != THIS_RUN:
         given = _settings_of_run(config_class, parser, given, "report", allowed=set())
-    embedded = "model" not in given or Path(given["model"]).resolve() == Path(EMBEDDED)
+    embedded = "model" not in given or is_embedded(given["model"])
     recipe = RECIPES[given.get("recipe", "paper")]
     values = {**recipe, **(toy if embedded else {}), **given}
     try:

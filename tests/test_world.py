@@ -1,5 +1,6 @@
 """toy/: the puzzles are what they say, and the committed base has the skill without the insight."""
 
+import hashlib
 import random
 from collections import Counter
 
@@ -23,6 +24,20 @@ def test_puzzles_are_a_function_of_split_and_index():
         world.make_puzzle("test", 0)
     with pytest.raises(ValueError):
         world.make_puzzle("train", 10**9)  # the first held-out seed: the splits cannot meet
+
+
+def test_the_embedded_puzzles_are_those_that_the_committed_base_and_results_were_made_with():
+    """Hashes of an earlier version. If only the pixels differ, look at the version of pillow."""
+    texts, pixels = hashlib.sha256(), hashlib.sha256()
+    drawn = [*world.puzzles("train", 9, fog=0.3), *world.PuzzleStream(3, 0.5).first(3)]
+    drawn += [*world.puzzles("heldout", 9, start=7), *world.puzzles("tune", 9)]
+    for question in drawn:
+        hint, boxes = question.hint.render(), repr(question.boxes)
+        text = [question.id, question.text, question.answer, hint, question.family, boxes]
+        texts.update("\n".join([*text, question.solution]).encode())
+        pixels.update(question.images[0].tobytes())
+    assert texts.hexdigest() == "ba157a5bbbc1edb7eba917b9185940761345a33746e720b24222d5a65173d413"
+    assert pixels.hexdigest() == "20f645fa08100eba69dd3e280b25534106a493f8e916c8c3329951ea0457bb27"
 
 
 def test_train_and_heldout_pictures_differ():

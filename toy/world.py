@@ -18,6 +18,9 @@ in 3 even with the hint. So the hint alone is not enough, and the reward can add
 
 A puzzle depends on its split and index alone. It is the same on every machine, and the puzzles of
 two splits differ.
+
+These puzzles are for the embedded model. `puzzles` and `PuzzleStream` also serve any other model:
+with embedded=False they give the puzzles of toy.gems.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from PIL import Image, ImageDraw
 
 from hints import Hint
 from rollout import Question
+from toy import gems
+from toy.splits import seed_of
 
 FAMILIES = ("row", "column", "cross")
 ROWS = ("top", "upper", "lower", "bottom")
@@ -43,8 +48,6 @@ ENDINGS = (".", ". So")
 CELL = 28  # pixels
 GRID = 4  # cells
 FOG = 0.5  # share of grey in a foggy picture
-INDICES = 10**9  # puzzles per split
-FIRST_SEED = {"train": 0, "heldout": INDICES, "tune": 2 * INDICES}
 
 Line = tuple[str, int]  # a row or column: ("row" | "column", index)
 
@@ -112,12 +115,7 @@ def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 
     family: instead of the one drawn from the seed. fog: the share of foggy puzzles. Raises
     ValueError for an unknown split or an index outside 0 to 10^9 - 1.
     """
-    if split not in FIRST_SEED or not 0 <= index < INDICES:
-        raise ValueError(
-            f"no puzzle {index} in split {split!r}: "
-            f"splits are {', '.join(FIRST_SEED)}, indices 0 to 10^9 - 1"
-        )
-    seed = FIRST_SEED[split] + index
+    seed = seed_of(split, index)
     # A text seed is hashed by SHA-512, so the draws are the same in all versions of Python.
     rng = random.Random(f"puzzle-{seed}")
     drawn_family = FAMILIES[rng.randrange(len(FAMILIES))]
@@ -261,29 +259,44 @@ def to_question(puzzle: Puzzle) -> Question:
     )
 
 
-def puzzles(split: str, count: int, start: int = 0, fog: float = 0.0) -> list[Question]:
-    """`count` questions of a split, from index `start` on. fog: the share of foggy ones."""
-    return [to_question(make_puzzle(split, i, fog=fog)) for i in range(start, start + count)]
+def puzzles(
+    split: str, count: int, start: int = 0, fog: float = 0.0, embedded: bool = True
+) -> list[Question]:
+    """`count` questions of a split, from index `start` on. fog: the share of foggy ones.
+
+    embedded: for the embedded model; otherwise the puzzles of toy.gems, which have no fog.
+    """
+    indices = range(start, start + count)
+    if not embedded:
+        return [gems.to_question(gems.make_puzzle(split, i)) for i in indices]
+    return [to_question(make_puzzle(split, i, fog=fog)) for i in indices]
 
 
 class PuzzleStream:
     """The questions of a run without data: question number i is a puzzle, and there is no end.
 
-    Each seed has its own 10^6 train puzzles. fog: the share of foggy ones. It serves where
+    Each seed has its own 10^6 train puzzles. fog, embedded: as in `puzzles`. It serves where
     plumbing.data.QuestionStream serves the questions of --data.
     """
 
-    def __init__(self, seed: int, fog: float = 0.0):
+    def __init__(self, seed: int, fog: float = 0.0, embedded: bool = True):
         self.seed = seed
         self.fog = fog
+        self.embedded = embedded
 
     def __getitem__(self, i: int) -> Question:
-        return to_question(make_puzzle("train", self.seed * 10**6 + i, fog=self.fog))
+        [question] = puzzles("train", 1, self.seed * 10**6 + i, self.fog, self.embedded)
+        return question
 
     def first(self, count: int) -> list[Question]:
         """The first `count` questions."""
         return [self[i] for i in range(count)]
 
     def fingerprint(self) -> str:
-        """The hash of no ids, which says that a run has no data. The config holds seed and fog."""
-        return hashlib.sha256(b"").hexdigest()[:16]
+        """The hash of no ids, which says that a run has no data. The config holds seed and fog.
+
+        The puzzles of toy.gems have another one: older versions gave all models the embedded
+        world, and such a run must not go on with other questions.
+        """
+        data = b"" if self.embedded else b"toy.gems"
+        return hashlib.sha256(data).hexdigest()[:16]
