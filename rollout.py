@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plumbing.answers import extract_answer, same_answer
 from plumbing.decoding import CastingCache, decode, generate_by_transformers, uniforms
-from plumbing.images import open_image
+from plumbing.images import image_tokens_expanded, patches_of_questions
 from plumbing.memory import sequence_bytes
 
 FORMAT_PROMPT = "Put the final answer in \\boxed{}."  # ends the student's and the teacher's turn
@@ -91,26 +91,20 @@ class Prompt:
     grid: Tensor | None
 
 
-def encode_prompts(processor, questions: list[Question], chats: list[list[dict]]) -> list[Prompt]:
-    """Render the chats, expand image tokens, turn images into patches. On the CPU."""
+def encode_prompts(
+    processor, questions: list[Question], chats: list[list[dict]], images: list | None = None
+) -> list[Prompt]:
+    """Render the chats, turn images into patches, expand image tokens. On the CPU.
+
+    images: each question's pixels and grid, where a prompt has them already: the teacher's chat
+    shows the student's images. Without it they are encoded, in threads.
+    """
+    images = images or patches_of_questions(processor, questions)
     prompts = []
-    for question, messages in zip(questions, chats, strict=True):
+    for question, messages, (pixels, grid) in zip(questions, chats, images, strict=True):
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = processor(
-            text=[text],
-            images=[open_image(image) for image in question.images] or None,
-            return_tensors="pt",
-            return_mm_token_type_ids=True,
-        )
-        prompts.append(
-            Prompt(
-                question,
-                ids=inputs["input_ids"][0],
-                types=inputs["mm_token_type_ids"][0],
-                pixels=inputs.get("pixel_values"),
-                grid=inputs.get("image_grid_thw"),
-            )
-        )
+        ids, is_image = image_tokens_expanded(processor, text, grid)
+        prompts.append(Prompt(question, ids, is_image.long(), pixels, grid))
     return prompts
 
 

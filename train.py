@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -207,8 +207,9 @@ class Trainer(Engine):
 
     def hinted_prompt(self, prompt: Prompt, chat: list[dict]) -> Prompt:
         """The same question and images (or their features), and the teacher's chat (Eq. 9)."""
-        [encoded] = encode_prompts(self.processor, [prompt.question], [chat])
-        return replace(encoded, pixels=prompt.pixels)
+        images = [(prompt.pixels, prompt.grid)]
+        [hinted] = encode_prompts(self.processor, [prompt.question], [chat], images)
+        return hinted
 
     def weigh(self, groups: list[list[Response]]) -> None:
         """Fill in what each response of one optimizer step counts, and in which losses it is."""

@@ -154,6 +154,7 @@ def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torc
     """
     questions = [response.question for response in responses]
     grey = [replace(q, images=[grey_copy(image) for image in q.images]) for q in questions]
+    images = [(response.prompt.pixels, response.prompt.grid) for response in responses]
     context = trainer.config.teacher_context
     hinted = [teacher_messages(question, context) for question in questions]
     plain = [student_messages(question) for question in questions]
@@ -163,8 +164,8 @@ def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torc
         return trainer.ask_reference(lambda model: response_states(model, batch))[batch.mask]
 
     return {
-        "hint": states(encode_prompts(trainer.processor, questions, hinted)),
-        "nothing": states(encode_prompts(trainer.processor, questions, plain)),
+        "hint": states(encode_prompts(trainer.processor, questions, hinted, images)),
+        "nothing": states(encode_prompts(trainer.processor, questions, plain, images)),
         "grey": states(encode_prompts(trainer.processor, grey, hinted)),
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from transformers import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 if TYPE_CHECKING:
-    from rollout import Prompt
+    from rollout import Prompt, Question
 
 
 @dataclass
@@ -187,6 +189,50 @@ def quiet_loading() -> None:
     """No progress bars and warnings of transformers while models are loaded."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def patches_of_questions(
+    processor, questions: list[Question]
+) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """pixels (patches, values) and grid (images, 3) of each question's images; None without any.
+
+    In order, and the same bit for bit whatever the number of threads. Decoding, resizing and numpy
+    release the interpreter. Raises ValueError with the id of a question whose image is no longer
+    readable.
+    """
+
+    def encode(question: Question):
+        if not question.images:
+            return None, None
+        try:
+            opened = [open_image(image) for image in question.images]
+            inputs = processor.image_processor(images=opened, return_tensors="pt")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the images of question {question.id!r}: {error}") from error
+        return inputs["pixel_values"], inputs["image_grid_thw"]
+
+    # each thread holds one question's decoded images
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(encode, questions))
+
+
+def image_tokens_expanded(
+    processor, text: str, grid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids (P,) of a rendered chat, one per image token, and bool (P,): the image tokens.
+
+    The text holds one image token per image; the prompt holds one per 4 patches. Raises ValueError
+    where the text has another number of images than the grid (images, 3).
+    """
+    ids = torch.tensor(processor.tokenizer(text)["input_ids"])
+    is_image = ids == processor.image_token_id
+    shown = 0 if grid is None else len(grid)
+    if is_image.sum() != shown:
+        raise ValueError(f"the chat shows {is_image.sum()} images, but there are {shown}")
+    counts = torch.ones_like(ids)
+    if grid is not None:
+        counts[is_image] = grid.prod(-1) // processor.image_processor.merge_size**2
+    return ids.repeat_interleave(counts), is_image.repeat_interleave(counts)
 
 
 def _holds_patches(pixels: torch.Tensor, grid: torch.Tensor) -> bool:

@@ -42,8 +42,8 @@ def test_a_model_with_noise(trainer):
 
 
 def test_a_teacher_that_does_not_see_the_image(trainer, monkeypatch):
-    def blind(processor, questions, chats):
-        prompts = encode_prompts(processor, questions, chats)
+    def blind(*arguments):
+        prompts = encode_prompts(*arguments)
         for prompt in prompts:
             prompt.pixels = torch.zeros_like(prompt.pixels)
         return prompts
