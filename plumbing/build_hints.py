@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hints import attention_hint, build_hint
-from plumbing.data import load_questions
+from plumbing.data import Columns, load_questions
 from plumbing.experts import late_expert, load_expert, local_expert, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
 from plumbing.images import open_image, quiet_loading
@@ -58,6 +58,7 @@ def _add_questions_and_model(parser: argparse.ArgumentParser) -> None:
         default="",
         help="folder that image paths are relative to and must be in [the .jsonl's]",
     )
+    add("--columns", default="", help="FIELD=COLUMN,... as in train.py [the usual names]")
     add("--out", required=True, help="the hints file; what it holds already is not asked for again")
     add(
         "--model",
@@ -277,7 +278,11 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
     """The questions of --data, or built-in puzzles; at most --limit of them."""
     if not args.data:
         return world.puzzles("train", args.limit or PUZZLES)
-    questions = load_questions(args.data, split=args.split, image_dir=args.image_dir)
+    columns = Columns(args.columns)
+    questions = load_questions(
+        args.data, split=args.split, image_dir=args.image_dir, columns=columns
+    )
+    columns.check_seen()
     return questions[: args.limit]
 
 

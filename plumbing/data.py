@@ -5,15 +5,86 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from plumbing.answers import extract_answer
 from plumbing.images import StoredImage, decode_cell
 from rollout import Question
+
+# Each field of a question and the columns that may hold it. The first one that is not empty counts.
+# MathVista has the picture in decoded_image, and in image a path into an archive.
+COLUMNS = {
+    "id": ("id", "qid", "pid"),
+    "question": ("question", "problem", "prompt"),
+    "answer": ("answer",),
+    "images": ("images", "decoded_image", "image"),
+    "choices": ("choices",),
+    "solution": ("solution",),
+    "hint": ("hint",),
+    "prompt_with_hint": ("prompt_with_hint",),
+    "boxes": ("boxes",),
+}
+
+
+class Columns:
+    """Which column of a row holds which field of a question.
+
+    text: the user's own choice, FIELD=COLUMN with commas between, as --columns has it. Such a
+    column is looked at before the usual ones, so that one option serves two sources with different
+    columns. Raises ValueError where the text cannot be read.
+    """
+
+    def __init__(self, text: str = ""):
+        self.names = dict(COLUMNS)
+        self.unseen = set()  # columns of the text that no row has had so far
+        for pair in filter(None, text.split(",")):
+            field, sign, column = (part.strip() for part in pair.partition("="))
+            if field not in COLUMNS or not sign or not column:
+                raise ValueError(
+                    f"--columns: {pair.strip()!r} is not FIELD=COLUMN; fields: {', '.join(COLUMNS)}"
+                )
+            self.names[field] = (column, *self.names[field])
+            self.unseen.add(column)
+
+    def find(self, row: dict, field: str) -> str | None:
+        """The name of the row's column that holds the field; None where all are empty."""
+        self.unseen.difference_update(row)
+        filled = (name for name in self.names[field] if not _is_empty(row.get(name)))
+        return next(filled, None)
+
+    def value(self, row: dict, field: str):
+        """What the row holds for the field, or None."""
+        return row.get(self.find(row, field))
+
+    def check_seen(self) -> None:
+        """To be called after all sources were read. Raises ValueError for a misspelt column."""
+        if self.unseen:
+            raise ValueError(f"--columns: no row has a column {min(self.unseen)!r}")
+
+
+def _is_empty(value) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+@dataclass
+class _Rows:
+    """How rows become questions; see load_questions."""
+
+    folder: Path
+    stem: str
+    columns: Columns
+    parse_hint: Callable | None
+
+    def parse(self, row, number: int) -> Question:
+        """Raises ValueError that names the field."""
+        return _parse_row(row, f"{self.stem}-{number}", self)
 
 
 def load_questions(
@@ -23,29 +94,32 @@ def load_questions(
     split: str = "train",
     image_dir: str | Path = "",
     bad: list[str] | None = None,
+    columns: Columns | None = None,
+    check: Callable[[Question], None] | None = None,
 ) -> list[Question]:
-    """Questions of a .jsonl file, or, by `datasets`, of a saved dataset's folder or the hub.
+    """Questions of a .jsonl file, or, by `datasets`, of a .parquet file, a folder or the hub.
 
     Columns: question (or problem, prompt), answer, images (or image: one or a list; the image
-    itself, or a path relative to image_dir or else to the file). Optional: id (or qid), choices (a
-    list of the options' texts), solution, hint (a text, or an object with look, ignore, steps, read
-    by `parse_hint`) or prompt_with_hint (the question's text with the hint around it), and boxes
-    (see rollout.Question).
+    itself, or a path relative to image_dir or else to the file). Optional: id (or qid, pid),
+    choices (a list of the options' texts), solution, hint (a text, or an object with look, ignore,
+    steps, read by `parse_hint`) or prompt_with_hint (the question's text with the hint around it),
+    and boxes (see rollout.Question). Other names: `columns`. An answer in a \\boxed{} or <answer>
+    is stored without it; where there is no answer, that of the solution is taken.
 
-    Every line and image is checked before anything is returned. Raises ValueError with file, line
-    and field. If a list `bad` is given, it receives these messages instead, and the lines are left
-    out.
+    Every line and image is checked before anything is returned. check(question) may object as well,
+    by a ValueError. Raises ValueError with file, line and field. If a list `bad` is given, it
+    receives these messages instead, and the lines are left out.
     """
-    if Path(source).suffix == ".jsonl" or Path(source).is_file():
-        read = _jsonl_rows(Path(source), image_dir, parse_hint)
-    else:
-        read = _table_rows(str(source), split, image_dir, parse_hint)
+    path, columns = Path(source), columns or Columns()
+    is_table = path.suffix == ".parquet" or not (path.suffix == ".jsonl" or path.is_file())
+    folder = Path(image_dir or (path.parent if path.is_file() else "."))
+    rows = _Rows(folder, path.stem, columns, parse_hint)
+    read = _table_rows(str(source), split, rows) if is_table else _jsonl_rows(path, rows)
     questions, messages, line_of = [], [], {}
     with contextlib.closing(read):
         for place, result in read:
-            if isinstance(result, Question) and result.id in line_of:
-                taken_by = line_of[result.id]
-                result = f"field 'id': {result.id!r} is the id of line {taken_by} already"
+            if isinstance(result, Question):
+                result = _second_look(result, line_of, check)
             if isinstance(result, Question):
                 line_of[result.id] = place.removeprefix("row ")
                 questions.append(result)
@@ -61,37 +135,74 @@ def load_questions(
     return questions
 
 
-def _jsonl_rows(path: Path, image_dir, parse_hint) -> Iterator[tuple[str, Question | str]]:
-    """For each line: its number, and its Question or what is wrong with it."""
+def _second_look(question: Question, line_of: dict[str, str], check) -> Question | str:
+    """The question, or what is wrong with it besides its own row: a second id, or `check`'s word.
+
+    It runs in the main thread: a tokenizer must not be used in several threads.
+    """
+    if question.id in line_of:
+        return f"field 'id': {question.id!r} is the id of line {line_of[question.id]} already"
+    try:
+        if check:
+            check(question)
+    except ValueError as error:
+        return str(error)
+    return question
+
+
+def _jsonl_rows(path: Path, rows: _Rows) -> Iterator[tuple[str, Question | str]]:
+    """For each line: its number, and its Question or what is wrong with it.
+
+    TRAP: str.splitlines also splits at U+2028 and U+0085, which may stand inside a JSON string.
+    bytes.splitlines does not.
+    """
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; --data takes a .jsonl with question, answer, images and hint"
         )
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = enumerate(path.read_bytes().splitlines(), 1)
     numbered = [(number, line) for number, line in lines if line.strip()]
-    folder = Path(image_dir or path.parent)
 
     def read(numbered_line) -> Question:
         number, line = numbered_line
-        return _parse_row(json.loads(line), f"{path.stem}-{number}", folder, parse_hint)
+        return rows.parse(parse_line(line), number)
 
     for (number, _), result in _in_threads(read, numbered):
         yield str(number), result
 
 
-def _table_rows(source: str, split: str, image_dir, parse_hint):
+def parse_line(line: bytes):
+    """The JSON value of one line of a file, a byte order mark before it or not.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("the line is not UTF-8: save the file in that encoding") from None
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"the line is not one JSON object: {error}") from None
+
+
+def _table_rows(source: str, split: str, rows: _Rows):
     """The same for a dataset. Its images stay in the table and are decoded when they are used."""
     table = _open_table(source, split)
-    image_columns = [name for name in ("images", "image") if name in table.column_names]
-    pictures = table.select_columns(image_columns[:1]) if image_columns else None
-    folder, stem = Path(image_dir or "."), Path(source).stem
+    columns = rows.columns
+    pictures = table.select_columns(
+        [name for name in columns.names["images"] if name in table.column_names]
+    )
 
     def read(number: int) -> Question:
-        question = _parse_row(table[number], f"{stem}-{number}", folder, parse_hint)
-        for place, image in enumerate(question.images):
+        row = table[number]
+        question = rows.parse(row, number)
+        column = columns.find(row, "images")
+        places = [place for place, value in enumerate(_as_list(row.get(column))) if value]
+        for n, image in enumerate(question.images):
             if isinstance(image, Image.Image):
-                stored = StoredImage(pictures, number, image_columns[0], place, image.size)
-                question.images[place] = stored
+                stored = StoredImage(pictures, number, column, places[n], image.size)
+                question.images[n] = stored
         return question
 
     for number, result in _in_threads(read, range(len(table))):
@@ -126,7 +237,7 @@ def _open_table(source: str, split: str):
         import datasets
     except ImportError:
         raise ValueError(
-            f"--data {source}: not a .jsonl file; for a dataset's folder or hub name: "
+            f"--data {source}: not a .jsonl file; for a .parquet file, a folder or a hub name: "
             "python -m pip install datasets"
         ) from None
     known_errors = (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError)
@@ -135,6 +246,8 @@ def _open_table(source: str, split: str):
         if any((Path(source) / name).is_file() for name in saved):
             table = datasets.load_from_disk(source)
             return table[split] if isinstance(table, datasets.DatasetDict) else table
+        if source.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=source, split="train")
         return datasets.load_dataset(source, split=split)
     except known_errors as error:
         headline = str(error).partition("\n")[0]
@@ -144,46 +257,106 @@ def _open_table(source: str, split: str):
 
 
 # --------------------------------------------------------------------------------- one row, checked
-def _parse_row(row, default_id: str, folder: Path, parse_hint) -> Question:
+def _parse_row(row, default_id: str, rows: _Rows) -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    text = row.get("question") or row.get("problem") or row.get("prompt")
-    if not text or not isinstance(text, str):
+
+    def value(field: str):
+        return rows.columns.value(row, field)
+
+    text = value("question")
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(
             "no question: give a text in the field 'question' (or 'problem', 'prompt')"
         )
-    answer = _read_answer(row.get("answer"))
-    images = _read_images(row, text, folder)
-    hint_source = row.get("hint") or _hint_around(text, row.get("prompt_with_hint"))
-    return Question(
-        id=str(row.get("id", row.get("qid", default_id))),
+    solution = value("solution")
+    images = _read_images(value("images"), text, rows.folder)
+    hint_source = value("hint") or _hint_around(text, value("prompt_with_hint"))
+    row_id = value("id")
+    question = Question(
+        id=default_id if row_id is None else str(row_id),
         text=text,
-        answer=answer,
+        answer=_read_answer(value("answer"), solution),
         images=images,
-        hint=parse_hint(hint_source) if parse_hint and hint_source else None,
-        choices=_read_choices(row.get("choices")),
-        solution=str(row["solution"]) if row.get("solution") else None,
-        boxes=check_boxes(row.get("boxes"), len(images)),
+        hint=_read_hint(hint_source, rows.parse_hint),
+        choices=_read_choices(value("choices")),
+        solution=str(solution) if solution else None,
+        boxes=check_boxes(value("boxes"), len(images)),
     )
+    for field, content in texts_of(question):
+        check_characters(field, content)
+    return question
 
 
-def _read_answer(answer) -> str:
+def texts_of(question: Question) -> Iterator[tuple[str, str]]:
+    """All texts of a question, each with the name of its field."""
+    yield "id", question.id
+    yield "question", question.text
+    yield "answer", question.answer
+    for choice in question.choices or ():
+        yield "choices", choice
+    if question.solution:
+        yield "solution", question.solution
+    if question.hint:
+        yield "hint", question.hint.text
+
+
+def check_characters(field: str, text: str) -> None:
+    r"""Raises ValueError for half of a surrogate pair, such as a JSON string's lone "\ud800".
+
+    It is no character: neither a tokenizer nor a log takes it. All other characters, NUL and other
+    control characters included, are text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"field '{field}': {code} at place {error.start} is half of a surrogate pair and no "
+            "character: remove it"
+        ) from None
+
+
+def _read_answer(answer, solution) -> str:
+    """The gold answer, without its box; that of the solution's box where there is none."""
+    if answer is None and isinstance(solution, str) and _is_marked(solution):
+        answer = solution
     is_value = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    if not is_value or not str(answer).strip():
+    if not is_value or (isinstance(answer, float) and not math.isfinite(answer)):
         raise ValueError("no answer: give a text or number in the field 'answer'")
-    return str(answer).strip()
+    text = str(answer).strip()
+    if _is_marked(text):
+        text = extract_answer(text)
+    if not text:
+        raise ValueError("no answer: the field 'answer' is empty, or its \\boxed{} or <answer> is")
+    return text
 
 
-def _read_images(row: dict, text: str, folder: Path) -> list:
-    value = row.get("images") or row.get("image")
-    values = value if isinstance(value, list) else [value]
-    images = [_check_image(image, folder) for image in values if image is not None and image != ""]
+def _is_marked(text: str) -> bool:
+    return "\\boxed" in text or "<answer>" in text
+
+
+def _read_hint(source, parse_hint: Callable | None):
+    if not parse_hint or not source:
+        return None
+    try:
+        return parse_hint(source)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"field 'hint': its JSON cannot be read: {error}") from None
+
+
+def _read_images(value, text: str, folder: Path) -> list:
+    images = [_check_image(image, folder) for image in _as_list(value) if image]
     marks = text.count("<image>")
     if marks and marks != len(images):
         raise ValueError(
             f"the question has {marks} <image> marks but there are {len(images)} images"
         )
     return images
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _read_choices(choices) -> list[str] | None:
@@ -233,6 +406,9 @@ def _check_image(image, folder: Path) -> Path | Image.Image:
     """A row's image, opened once and whole: a path inside `folder`, or the image itself."""
     if isinstance(image, str):
         path = folder / image
+        if "\0" in image:
+            raise ValueError(f"field 'images': {image!r} is no path: it holds a NUL character")
+        check_characters("images", image)
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"field 'images': {image} is outside {folder}; --image-dir says where images are"

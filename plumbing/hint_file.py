@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hints import Hint, NoReply
-from plumbing.data import check_boxes
+from plumbing.data import check_boxes, parse_line
 from rollout import Question
 
 
@@ -27,7 +27,8 @@ def load_hints(path: str | Path) -> dict[str, dict]:
     the question. Raises ValueError, with file and line, for a bad line or an id that stands twice.
     """
     records = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # TRAP: str.splitlines would also split at U+2028, which a hint may hold
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             question_id, record = _parse_record(line)
             if question_id in records:
@@ -38,9 +39,9 @@ def load_hints(path: str | Path) -> dict[str, dict]:
     return records
 
 
-def _parse_record(line: str) -> tuple[str, dict]:
+def _parse_record(line: bytes) -> tuple[str, dict]:
     """One line of a hints file -> the id as text, and the record with its hint as a Hint."""
-    record = json.loads(line)
+    record = parse_line(line)
     if not isinstance(record, dict) or "id" not in record or "hint" not in record:
         raise ValueError("expected an object with id and hint")
     hint = None

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from hints import Hint, screen_hints, teacher_messages
 from plumbing.answers import load_judge
-from plumbing.data import QuestionStream, load_questions
+from plumbing.data import Columns, QuestionStream, check_characters, load_questions, texts_of
 from plumbing.hint_file import join_hints
 from plumbing.images import ImageTextProcessor, check_reachable, first_line, load_processor
 from plumbing.settings import is_embedded
@@ -61,6 +61,7 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
         held_out = world.puzzles("heldout", config.eval_questions, 0, config.fog, embedded)
     if config.data:
         questions = reader.load(config.data, config.split)
+        reader.columns.check_seen()
         note = reader.take_hints(questions)
         stream = QuestionStream(questions, config.seed)
         trained_tower = not (config.freeze_vision or config.lora)
@@ -132,28 +133,57 @@ class _Reader:
 
     def __init__(self, config: TrainConfig, processor: ImageTextProcessor):
         self.config, self.processor = config, processor
+        self.columns = Columns(config.columns)
+        self.special = special_tokens(processor)
         self.bad: list[str] = []
         self.too_long = 0
 
     def load(self, source: str, split: str) -> list[Question]:
-        """The questions of a source whose prompts are short enough."""
-        config = self.config
+        """The questions of a source whose prompts are short enough.
+
+        A question whose texts or images no prompt can be made of is refused like a line that cannot
+        be read: by file, line and field, or it is listed with --skip-bad.
+        """
+        config, lengths = self.config, {}
+
+        def check(question: Question) -> None:
+            refuse_special_tokens(question, self.special)
+            try:
+                lengths[question.id] = prompt_tokens(self.processor, question)
+            except ValueError as error:  # the image processor: an image that is too narrow
+                raise ValueError(f"field 'images': {error}") from None
+
         loaded = load_questions(
             source,
             Hint.from_json,
             split=split,
             image_dir=config.image_dir,
             bad=self.bad if config.skip_bad else None,
+            columns=self.columns,
+            check=check,
         )
         limit = config.max_prompt
-        questions = [q for q in loaded if prompt_tokens(self.processor, q) <= limit]
+        questions = [question for question in loaded if lengths[question.id] <= limit]
         if not questions:
             raise ValueError(f"{source}: every prompt is longer than --max-prompt {limit} tokens")
         self.too_long += len(loaded) - len(questions)
         return questions
 
     def screen(self, questions: list[Question]) -> dict[str, list[str]]:
-        return screen_hints(questions, self.processor.tokenizer, self.config.max_hint_tokens)
+        """Take away hints that cannot be used: the questions' ids by reason.
+
+        A hint of the data itself has been checked with its line. One of a hints file has not: the
+        expert that wrote it may have another tokenizer.
+        """
+        unreadable = []
+        for question in questions:
+            try:
+                check_hint(question.hint, self.special)
+            except ValueError:
+                unreadable.append(question.id)
+                question.hint = None
+        dropped = screen_hints(questions, self.processor.tokenizer, self.config.max_hint_tokens)
+        return {"special tokens": unreadable, **dropped}
 
     def screen_held_out(self, questions: list[Question]) -> None:
         dropped = sum(len(ids) for ids in self.screen(questions).values())
@@ -184,6 +214,47 @@ class _Reader:
             limit = self.config.max_prompt
             note += f"\nleft out: {self.too_long} questions with a prompt above {limit} tokens"
         return note + "".join(f"\nleft out: {message}" for message in self.bad)
+
+
+def special_tokens(processor: ImageTextProcessor) -> list[str]:
+    """What must not stand in a question's texts: the tokens that a chat is built of.
+
+    The tokenizer reads such a text as the token itself: "<|im_end|>" would end the user's turn, and
+    "<|image_pad|>" would ask for one more image. Added tokens that are not special, such as
+    "<think>" or "<tool_call>" in Qwen's tokenizers, are text: no chat is built of them in the
+    user's turn, and the sampler may draw them.
+    """
+    tokenizer = processor.tokenizer
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    images = {processor.image_token, processor.video_token}
+    return sorted(added | set(tokenizer.all_special_tokens) | images)
+
+
+def refuse_special_tokens(question: Question, special: list[str]) -> None:
+    """Raises ValueError that names field and token where a text of the question holds one.
+
+    <image> is the mark for an image in the question's text, and refused in the other fields.
+    """
+    for field, text in texts_of(question):
+        if field == "id":
+            continue  # no prompt holds it
+        _refuse(field, text, special if field == "question" else [*special, "<image>"])
+
+
+def check_hint(hint: Hint | None, special: list[str]) -> None:
+    """Raises ValueError where a hint holds a special token or what is no character."""
+    if hint:
+        check_characters("hint", hint.text)
+        _refuse("hint", hint.text, [*special, "<image>"])
+
+
+def _refuse(field: str, text: str, tokens: list[str]) -> None:
+    for token in tokens:
+        if token in text:
+            raise ValueError(
+                f"field '{field}': it holds {token!r}, which the model's tokenizer reads as a "
+                "special token: remove or reword it"
+            )
 
 
 def prompt_tokens(processor, question: Question) -> int:

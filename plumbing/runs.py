@@ -80,8 +80,8 @@ def write_beside(path: Path, text: str) -> None:
 
 def cut_log(log: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line without its end."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
+    with log.open(encoding="utf-8") as file:  # TRAP: str.splitlines would split at U+2028 too
+        whole = [line for line in file if line.endswith("\n")]
     write_beside(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 

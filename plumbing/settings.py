@@ -79,6 +79,12 @@ class RunConfig:
     image_dir: str = option(
         "", "folder that image paths are relative to and must be in", shown="the .jsonl's"
     )
+    columns: str = option(
+        "",
+        "columns of --data and --eval-data with unusual names: FIELD=COLUMN,... such as "
+        "question=query,answer=label",
+        shown="the usual names",
+    )
     skip_bad: bool = option(
         False, "leave out what cannot be read, and list it, instead of stopping at the first"
     )
