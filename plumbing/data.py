@@ -425,6 +425,11 @@ def _load(open_it: Callable[[], Image.Image], name: str) -> Image.Image:
         with open_it() as opened:
             opened.load()
             return opened
+    except FileNotFoundError:
+        raise ValueError(
+            f"field 'images': cannot read {name}: there is no such file; --image-dir says where "
+            "images are"
+        ) from None
     except (OSError, TypeError, KeyError, Image.DecompressionBombError) as error:
         raise ValueError(f"field 'images': cannot read {name}: {error}") from None
 

@@ -1,16 +1,23 @@
 """plumbing/data.py: files and datasets as people bring them, and the stream of a run."""
 
 import json
+import re
+import shlex
 import sys
 
 import pytest
+from conftest import ROOT
+from hub_rows import ROWS, picture, table_of
 from PIL import Image
 from test_rollout import student_prompts
 
 from hints import Hint
 from plumbing import data
-from plumbing.data import QuestionStream, check_boxes, load_questions
+from plumbing.answers import same_answer
+from plumbing.data import Columns, QuestionStream, check_boxes, load_questions
+from plumbing.hint_file import load_hints
 from plumbing.images import StoredImage, open_image
+from plumbing.runs import cut_log
 from rollout import Question
 
 
@@ -153,7 +160,155 @@ def test_a_file_by_another_name_is_read_as_lines(folder):
     assert [question.id for question in load_questions(path)] == ["data-1"]
 
 
+# ---------------------------------------------------------------------------------- odd characters
+@pytest.mark.parametrize(
+    "text",
+    [
+        # emoji, Hebrew, a combining accent, Chinese
+        "\U0001f469\u200d\U0001f467 \u05e9\u05dc\u05d5\u05dd e\u0301 \u4f60",
+        "a\0b\x07\x1b[31m\x7f",  # NUL, bell, escape
+        "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh\ni",  # what ends a line for str.splitlines
+        "\ufeffa\ufffd\uffff",
+        "long " * 20_000,
+    ],
+    ids=["unicode", "control", "line ends", "no characters", "long"],
+)
+@pytest.mark.parametrize("as_escapes", [True, False])
+def test_all_characters_are_text(folder, base, text, as_escapes):
+    rows = [{**PLAIN, "question": text, "hint": text, "choices": [text]}, PLAIN]
+    lines = [json.dumps(row, ensure_ascii=as_escapes) for row in rows]
+    question, following = load_questions(write(folder, *lines), Hint.from_json)
+    assert (question.text, question.choices, question.id) == (text, [text], "data-1")
+    assert question.hint.steps == (text.strip(),)
+    assert (following.text, following.id) == ("How many?", "data-2")
+    [prompt] = student_prompts(base[1], [question])
+    assert len(prompt.ids) > 10
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_files_of_other_systems(folder, ending, mark):
+    """A byte order mark, and lines that end in two characters, as Windows writes them."""
+    lines = [json.dumps({**PLAIN, "question": text}).encode() for text in ("one?", "two?")]
+    (folder / "d.jsonl").write_bytes(mark + ending.join([lines[0], b"", lines[1], b""]))
+    questions = load_questions(folder / "d.jsonl")
+    assert [(question.id, question.text) for question in questions] == [
+        ("d-1", "one?"),
+        ("d-3", "two?"),
+    ]
+
+
+@pytest.mark.parametrize("field", ["id", "question", "answer", "choices", "solution", "hint"])
+def test_half_a_surrogate_pair_is_refused(folder, field):
+    """It is no character: neither the tokenizer nor a log would take it."""
+    text = "see \ud83d there"
+    row = {**PLAIN, field: [text] if field == "choices" else text}
+    message = rf"data.jsonl:2: field '{field}': \\ud83d at place \d+ is half of a surrogate pair"
+    with pytest.raises(ValueError, match=message):
+        load_questions(write(folder, {**PLAIN, "id": "good"}, row), Hint.from_json)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"question": "\xe9?", "answer": "1"}', "2: the line is not UTF-8"),
+        (b"[" * 100_000, "2: the JSON is nested too deeply"),
+        (b'{"question": "a?", "answer": NaN}', "2: no answer"),
+        (b'{"question": "a?", "answer": -Infinity}', "2: no answer"),
+        (b'{"question": " ", "answer": "1"}', "2: no question"),
+        (b'{"question": "a?", "answer": "\\\\boxed{}"}', "2: no answer: .* is empty"),
+        (b'{"question": "a?", "answer": "1", "image": "a\\u0000"}', "2: field 'images': .* NUL"),
+        (b'{"question": "a?", "answer": "1", "image": "\\ud800"}', "2: field 'images': .*ud800"),
+        (b'{"question": "a?", "answer": "1", "hint": "{"}', "2: field 'hint': its JSON"),
+    ],
+)
+def test_odd_lines_are_refused_by_number(folder, line, message):
+    path = folder / "data.jsonl"
+    good = json.dumps(PLAIN).encode()
+    path.write_bytes(b"\n".join([good, line, good, b""]))
+    with pytest.raises(ValueError, match=f"data.jsonl:{message}"):
+        load_questions(path, Hint.from_json)
+    bad = []
+    questions = load_questions(path, Hint.from_json, bad=bad)
+    assert [question.id for question in questions] == ["data-1", "data-3"]
+    assert len(bad) == 1
+
+
+def test_a_line_separator_does_not_split_a_hint_or_a_log_line(tmp_path):
+    """A model may write U+2028, and our own files hold it as it is."""
+    rows = [
+        {"step": 1, "id": "q1", "hint": "look\u2028left"},
+        {"step": 2, "id": "q2", "hint": None},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    assert load_hints(path)["q1"]["hint"] == Hint(steps=("look\u2028left",))
+    cut_log(path, 1)
+    assert path.read_text(encoding="utf-8") == lines[0]
+
+
 # ------------------------------------------------------------------------------------------- fields
+@pytest.mark.parametrize(
+    "answer, gold, wrong",
+    [
+        ("\\boxed{17}", "17", "18"),
+        ("\\boxed{17^\\circ}", "17", "18"),
+        ("$\\boxed{\\frac{1}{2}}$", "0.5", "2"),
+        ("\\boxed{A}", "(a)", "B"),
+        ("<think>\\boxed{3}?</think> <answer> 4 </answer>", "4", "3"),
+    ],
+)
+def test_a_gold_answer_is_stored_without_its_box(folder, answer, gold, wrong):
+    question = load_one(folder, {**PLAIN, "answer": answer})
+    assert "boxed" not in question.answer
+    assert same_answer(gold, question.answer)
+    assert not same_answer(wrong, question.answer)
+
+
+def test_without_an_answer_that_of_the_solution_is_taken(folder):
+    row = {"question": "a?", "solution": "First 3, then <answer>B</answer>"}
+    assert load_one(folder, row).answer == "B"
+    assert load_one(folder, {**row, "answer": "C"}).answer == "C"
+    with pytest.raises(ValueError, match="data.jsonl:1: no answer"):
+        load_one(folder, {**row, "solution": "The answer is B."})
+
+
+def test_columns_of_other_names(folder):
+    row = {"q": "How many?", "question": "What?", "label": 3, "id": "a"}
+    columns = Columns("question=q, answer=label")
+    question = load_one(folder, row, columns=columns)
+    assert (question.text, question.answer) == ("How many?", "3")
+    columns.check_seen()
+    assert load_one(folder, PLAIN, columns=columns).text == "How many?", "the usual ones still hold"
+
+
+@pytest.mark.parametrize("text", ["query", "question=", "=query", "title=query"])
+def test_columns_that_are_no_pairs_are_refused(text):
+    with pytest.raises(ValueError, match="--columns: .* is not FIELD=COLUMN; fields: id, question"):
+        Columns(text)
+
+
+def test_a_misspelt_column_is_refused(folder):
+    columns = Columns("question=qery")
+    load_one(folder, PLAIN, columns=columns)
+    with pytest.raises(ValueError, match="--columns: no row has a column 'qery'"):
+        columns.check_seen()
+
+
+def test_a_check_may_object_to_a_question(folder):
+    def check(question):
+        if question.text == "bad?":
+            raise ValueError("field 'question': bad")
+
+    path = write(folder, PLAIN, {**PLAIN, "question": "bad?"})
+    with pytest.raises(ValueError, match="data.jsonl:2: field 'question': bad"):
+        load_questions(path, check=check)
+    bad = []
+    assert len(load_questions(path, check=check, bad=bad)) == 1
+    assert len(bad) == 1
+
+
 def test_images_come_from_one_folder(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     assert load_one(elsewhere, PICTURED, image_dir=folder).images == [folder / "a.png"]
@@ -283,6 +438,13 @@ def test_paths_in_a_table_are_relative_to_image_dir(folder, monkeypatch):
     assert bad[0].startswith("owner/name:row 1: field 'images': cannot read")
 
 
+def test_an_image_behind_an_empty_place_of_a_list(monkeypatch):
+    rows = [{**PLAIN, "images": [None, Image.new("L", (40, 30))]}]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
+    [question] = load_questions("owner/name")
+    assert open_image(question.images[0]).size == (40, 30)
+
+
 def test_an_id_that_two_rows_of_a_table_have_is_refused(monkeypatch):
     rows = [{**PLAIN, "id": "q"}, {**PLAIN, "id": "q"}]
     monkeypatch.setattr(data, "_open_table", lambda source, split: Table(rows))
@@ -291,8 +453,11 @@ def test_an_id_that_two_rows_of_a_table_have_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def datasets():
-    return pytest.importorskip("datasets")
+def datasets(monkeypatch, tmp_path):
+    """The package, with a cache of its own: it knows a table by its relative path."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return package
 
 
 def test_a_dataset_s_folder(datasets, folder, base):
@@ -340,6 +505,71 @@ def test_a_dataset_without_datasets_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="python -m pip install datasets"):
         load_questions("PAPOGalaxy/PAPO_ViRL39K_train")
+
+
+# ----------------------------------------------------------------------- rows as the hub has them
+def documented_options(name):
+    """Source, split and columns in the row of docs/your-model.md about a hub dataset."""
+    text = (ROOT / "docs" / "your-model.md").read_text(encoding="utf-8")
+    [options] = re.findall(rf"^\| {name} \| `(.*?)` \|", text, re.M)
+    words = shlex.split(options.replace("--eval-", "--"))
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    return given["--data"], given.get("--split", "train"), given.get("--columns", "")
+
+
+def load_documented(name, folder, files, monkeypatch):
+    """The questions of a hub dataset by the command of the docs, run in `folder`."""
+    monkeypatch.chdir(folder)
+    source, split, columns = documented_options(name)
+    for file in files:
+        path = folder / source.rpartition("/")[0] / file
+        path.parent.mkdir(parents=True)
+        picture().save(path)
+    columns = Columns(columns)
+    questions = load_questions(source, split=split, columns=columns)
+    columns.check_seen()
+    return questions
+
+
+def assert_is_row(questions, row):
+    [question] = questions
+    assert {name: getattr(question, name) for name in row.fields} == row.fields
+    assert [open_image(image).size for image in question.images] == [(40, 30)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_of_the_hub_loads_by_the_command_of_the_docs(row, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table([row.row]))
+    if row.files:
+        (tmp_path / "ViRL39K").mkdir()
+        (tmp_path / documented_options(row.name)[0]).write_bytes(b"a table")
+    assert_is_row(load_documented(row.name, tmp_path, row.files, monkeypatch), row)
+
+
+def test_the_student_sees_the_options_of_mathvista(tmp_path, monkeypatch):
+    [row] = [row for row in ROWS if row.name == "AI4Math/MathVista"]
+    monkeypatch.setattr(data, "_open_table", lambda source, split: Table([row.row]))
+    [question] = load_documented(row.name, tmp_path, [], monkeypatch)
+    assert "(B) 4 cm" in question.text
+    verdicts = [same_answer(given, question.answer, question.choices) for given in ("B", "A")]
+    assert verdicts == [True, False]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_table_of_the_hub(datasets, row, tmp_path, monkeypatch):
+    """The row in a real table: its images cast as its card has them, and written as parquet."""
+    source, split, _ = documented_options(row.name)
+    source = tmp_path / source
+    table = table_of(datasets, row)
+    if source.suffix == ".parquet":
+        source.parent.mkdir(parents=True)
+        table.to_parquet(source)
+    else:  # a folder of parquet files stands for the hub
+        (source / "data").mkdir(parents=True)
+        table.to_parquet(source / "data" / f"{split}-00000-of-00001.parquet")
+        card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {split}\n"
+        (source / "README.md").write_text(f"{card}    path: data/{split}-*\n---\n")
+    assert_is_row(load_documented(row.name, tmp_path, row.files, monkeypatch), row)
 
 
 # -------------------------------------------------------------------------------- a run's questions
