@@ -1,16 +1,18 @@
 """plumbing/inputs.py and the command line: what is refused before a model is loaded."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from test_rollout import student_prompts
+from tokenizers import AddedToken
 
 import train
 from hints import Hint
 from plumbing import command, settings
 from plumbing.data import QuestionStream
-from plumbing.inputs import prompt_tokens, read_inputs
+from plumbing.inputs import prompt_tokens, read_inputs, special_tokens
 from toy import world
 
 
@@ -206,6 +208,93 @@ def test_the_note_says_who_is_never_tutored_under_another_context(folder):
     assert "4 are never tutored, for want of a solution" in note
     _, note = read_hinted(folder, teacher_context="answer")
     assert "never tutored" not in note
+
+
+# ---------------------------------------------------------------------------------- special tokens
+SPECIAL = [
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+]
+FIELDS = ("question", "answer", "choices", "solution", "hint")
+
+
+def row_with(field, text):
+    row = {"question": "a?", "answer": "1"}
+    return {**row, field: [text] if field == "choices" else text}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("token", SPECIAL)
+@pytest.mark.parametrize("option", ["data", "eval_data"])
+def test_a_special_token_in_a_text_is_refused_by_its_line(folder, field, token, option):
+    """Training data and held-out data alike."""
+    rows = [{"question": "a?", "answer": "1"}, row_with(field, f"see {token} there")]
+    write_lines(folder / "d.jsonl", rows)
+    with pytest.raises(ValueError, match=f"d.jsonl:2: .*{field if field != 'hint' else 'special'}"):
+        read(**{option: "d.jsonl"})
+    inputs = read(**{option: "d.jsonl"}, skip_bad=True)
+    assert inputs.note.count("left out: d.jsonl:2: ") == 1
+
+
+@pytest.mark.parametrize("field", ["answer", "choices", "solution", "hint"])
+def test_an_image_mark_stands_in_the_question_alone(folder, field):
+    """The teacher's chat would have another number of images."""
+    write_lines(folder / "d.jsonl", [row_with(field, "see <image> there")])
+    with pytest.raises(ValueError, match="d.jsonl:1: "):
+        read(data="d.jsonl")
+
+
+@pytest.mark.parametrize("text", ["<think>", "<tool_call>", "a < b | c", "|x|<|y|", "<|no_token|>"])
+def test_what_is_no_special_token_is_text(folder, text):
+    write_lines(folder / "d.jsonl", [row_with("question", f"is {text} there?")])
+    inputs = read(data="d.jsonl")
+    assert text in inputs.stream.questions[0].text
+
+
+def test_special_tokens_are_those_of_the_tokenizer_and_the_images(base):
+    """Ordinary added tokens, as <think> in Qwen3's tokenizer, are no special ones."""
+    ordinary = {70: AddedToken("<think>", special=False), 71: AddedToken("<|box|>", special=True)}
+    tokenizer = SimpleNamespace(added_tokens_decoder=ordinary, all_special_tokens=["<eos>"])
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token="<img>", video_token="<vid>")
+    assert special_tokens(processor) == ["<eos>", "<img>", "<vid>", "<|box|>"]
+    assert set(SPECIAL) < set(special_tokens(base[1]))
+
+
+def test_special_tokens_in_a_hints_file(folder):
+    """Those of the shape <|...|> by file and line; others of the tokenizer are dropped, counted."""
+    questions = [{"question": "a?", "answer": "1"}, {"question": "b?", "answer": "1"}]
+    write_lines(folder / "d.jsonl", questions)
+    write_lines(folder / "h.jsonl", [{"id": "d-1", "hint": "see <|im_end|>"}])
+    with pytest.raises(ValueError, match="h.jsonl:1: .*special token"):
+        read(data="d.jsonl", hints="h.jsonl")
+    hints = [{"id": "d-1", "hint": "see <unk>"}, {"id": "d-2", "hint": "see \ud800"}]
+    write_lines(folder / "h.jsonl", hints)
+    inputs = read(data="d.jsonl", hints="h.jsonl")
+    assert [question.hint for question in inputs.stream.questions] == [None, None]
+    assert "2 hints dropped (special tokens; first: d-1)" in inputs.note
+
+
+def test_an_image_that_the_processor_refuses_is_named_by_its_line(folder):
+    Image.new("RGB", (2, 500)).save(folder / "thin.png")
+    write_lines(folder / "d.jsonl", [{"question": "a?", "answer": "1", "image": "thin.png"}])
+    with pytest.raises(ValueError, match="d.jsonl:1: field 'images': .*aspect ratio"):
+        read(data="d.jsonl")
+
+
+# --------------------------------------------------------------------------------- other columns
+def test_columns_serve_both_sources_and_a_misspelt_one_is_refused(folder):
+    write_lines(folder / "d.jsonl", [{"problem": "a?", "answer": "1"}])
+    write_lines(folder / "e.jsonl", [{"question": "b?", "query": "b? (A) 1", "answer": "1"}])
+    sources = {"data": "d.jsonl", "eval_data": "e.jsonl"}
+    inputs = read(**sources, columns="question=query")
+    assert inputs.stream.questions[0].text == "a?"
+    assert inputs.held_out[0].text == "b? (A) 1"
+    with pytest.raises(ValueError, match="no row has a column 'qery'"):
+        read(**sources, columns="question=qery")
 
 
 def test_prompt_lengths_without_decoding(base, tmp_path):
