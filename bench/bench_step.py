@@ -106,10 +106,12 @@ def make_folder(shape: Shape) -> str:
         config.architectures = ["Qwen2VLForConditionalGeneration"]
         config.save_pretrained(folder)
 
-    def random_weights(cls, path, *_, dtype=None, **__):
+    def random_weights(cls, path, *_, dtype=None, output_loading_info=False, **__):
         torch.manual_seed(0)
         with torch.device("cuda" if GPU else "cpu"):
-            return cls._from_config(AutoConfig.from_pretrained(path), dtype=dtype or torch.float32)
+            model = cls._from_config(AutoConfig.from_pretrained(path), dtype=dtype or torch.float32)
+        report = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return (model, report) if output_loading_info else model
 
     Qwen2VLForConditionalGeneration.from_pretrained = classmethod(random_weights)
     return str(folder)
