@@ -36,7 +36,7 @@ from hints import CONTEXTS, teacher_messages
 from losses import scores_from_hidden
 from plumbing import runs
 from plumbing.command import run_command
-from plumbing.engine import Engine, monitors, old_log_probs
+from plumbing.engine import Engine, halve_when_out_of_memory, monitors, old_log_probs
 from plumbing.settings import RunConfig, option
 from ptdpo import (
     PTDPOConfig,
@@ -243,6 +243,7 @@ class Trainer(Engine):
                 response.old_logp = row[: len(response.ids)]
 
     # 5 score
+    @halve_when_out_of_memory
     def score(self, responses: list[Response]) -> dict[str, float]:
         """The gradient of one optimizer step, over its micro-batches and all processes.
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from plumbing.check import check
 from plumbing.images import quiet_loading
 from plumbing.inputs import Inputs, read_inputs
-from plumbing.memory import plan, plan_table
+from plumbing.memory import plan, plan_table, what_to_change
 from plumbing.models import build
 from plumbing.page import write_page
 from plumbing.runs import (
@@ -58,6 +58,9 @@ def run_command(
     if config.plan:
         parts = plan(config, config.plan, config.precision != "no")
         return accelerator.print(plan_table(parts, config.plan))
+    reason = too_large(config, accelerator)
+    if reason:
+        parser.error(reason)
     quiet_loading()
     if page_only:
         return print(f"written: {write_page(inputs, config)}")
@@ -79,6 +82,16 @@ def run_command(
         accelerator.free_memory(trainer)  # the page loads its own two models
         del trainer
         print(f"a page to look at: {write_page(inputs, config)}")
+
+
+def too_large(config, accelerator) -> str | None:
+    """What to change where the run would not fit on this GPU; None where it fits, or on a CPU."""
+    if accelerator.device.type != "cuda" or config.report not in ("", THIS_RUN):
+        return None
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    gpus = accelerator.num_processes if sharded else 1
+    return what_to_change(config, gpus, accelerator.mixed_precision == "bf16", free)
 
 
 def inspect(trainer, inputs: Inputs) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from plumbing.answers import same_answer
 from plumbing.images import encode_images
-from plumbing.memory import micro_batches
-from plumbing.models import frozen_tower, weights_whole
+from plumbing.memory import batch_tokens, free_bytes, micro_batches, sample_budget_mb
+from plumbing.models import frozen_tower, recompute_layers, weights_whole
 from rollout import Batch, Prompt, Response, banned_tokens, collate, sample_groups
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Engine:
             "banned": self.tensor(banned_tokens(self.policy, processor.tokenizer)),
             "logits_mb": config.logits_mb,
         }
+        self.halved = False  # memory has run out once in an update
+        self.update_peak = 0  # bytes of a GPU, the largest of all updates
         self.skipped = 0  # steps without an update, as their gradient was not finite
 
     @torch.no_grad()
@@ -63,13 +67,19 @@ class Engine:
             with weights_whole(self.student):
                 if frozen_tower(config):
                     encode_images(model, prompts)
+                sample_mb = config.sample_mb
+                if not sample_mb:
+                    lengths = [len(prompt.ids) for prompt in prompts]
+                    size = (max(lengths, default=0), group_size, config.max_new_tokens)
+                    free = free_bytes(self.accelerator.device)
+                    sample_mb = sample_budget_mb(model, *size, free)
                 return sample_groups(
                     model,
                     self.processor,
                     prompts,
                     group_size,
                     max_new_tokens=config.max_new_tokens,
-                    sample_mb=config.sample_mb,
+                    sample_mb=sample_mb,
                     generate=config.generate,
                     **settings,
                 )
@@ -103,16 +113,38 @@ class Engine:
     def training_batch(self, responses: list[Response]) -> Batch:
         """A micro-batch as the student is scored in training; its mask: the tokens in the loss.
 
-        Old log-probs are scored on the same batch, so that the first ratio is 1.
+        Old log-probs are scored on the same batch, so that the first ratio is 1. A response larger
+        than --micro-tokens recomputes its activations, so the layers are told here which way the
+        coming pass takes. All processes must call this together.
         """
-        batch = self.collate(responses, self.config.gradient_checkpointing)
+        recomputed = self.must_recompute(responses)
+        recompute_layers(self.policy, recomputed)
+        batch = self.collate(responses, recomputed)
         batch.mask &= self.tensor([response.in_loss for response in responses]).unsqueeze(1)
         return batch
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens in a micro-batch: --micro-tokens, or half of it once memory has run out."""
+        return max(1, self.config.micro_tokens // (2 if self.halved else 1))
+
+    def must_recompute(self, responses: list[Response]) -> bool:
+        """Does this micro-batch recompute its activations?
+
+        TRAP: sharded, all processes must agree. Recomputing gathers the layers' weights once more
+        in the backward pass, and a process that does not recompute would not take part.
+        """
+        if self.config.gradient_checkpointing:
+            return True
+        too_large = batch_tokens(responses, False) > self.token_limit
+        if self.sharded:
+            [too_large] = self.largest(int(too_large))
+        return bool(too_large)
 
     def micro_batches(self, responses: list[Response]) -> list[list[Response]]:
         """plumbing.memory.micro_batches; sharded, as many of them on every process."""
         config = self.config
-        batches = micro_batches(responses, config.micro_tokens, config.gradient_checkpointing)
+        batches = micro_batches(responses, self.token_limit, config.gradient_checkpointing)
         if self.sharded:
             [count] = self.largest(len(batches))
             flags = {"in_loss": False, "tutored": False, "penalised": False}
@@ -161,6 +193,50 @@ class Engine:
     def largest(self, *values: float) -> list[float]:
         """Each value's largest over all processes."""
         return self.accelerator.gather(self.tensor([values])).amax(0).tolist()
+
+
+def note_peak(trainer: Engine) -> None:
+    """Note the GPU memory that the update took, for the comparison with --plan."""
+    if trainer.accelerator.device.type == "cuda":
+        trainer.update_peak = max(trainer.update_peak, torch.cuda.max_memory_allocated())
+
+
+def halve_when_out_of_memory(score: Callable) -> Callable:
+    """Trainer.score that starts again, once per run, with half of --micro-tokens.
+
+    The step's gradient so far is dropped and made anew. With several processes the error is raised,
+    as the others wait in a collective; so is the second one.
+    """
+
+    @wraps(score)
+    def retried(self, responses: list[Response]) -> dict[str, float]:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            numbers = score(self, responses)
+            note_peak(self)
+            return numbers
+        except torch.OutOfMemoryError:
+            half = self.token_limit // 2
+            if self.halved or self.accelerator.num_processes > 1 or half < 1:
+                print(
+                    f"out of memory in an update: set --micro-tokens {max(1, half)}, "
+                    "--gradient-checkpointing or --freeze-vision, and --resume",
+                    file=sys.stderr,
+                )
+                raise
+        # TRAP: after the except clause, as the traceback holds the tensors as long as it lasts
+        self.halved = True
+        self.optimizer.zero_grad()
+        print(
+            f"out of memory in an update; this run goes on with {half} tokens per micro-batch "
+            "(--micro-tokens sets this)",
+            file=sys.stderr,
+        )
+        torch.cuda.empty_cache()
+        return score(self, responses)
+
+    return retried
 
 
 def make_optimizer(student: RunInForward, config: TrainConfig) -> torch.optim.AdamW:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -67,10 +69,52 @@ def sequence_bytes(model, length: int) -> int:
     return cache + 32 * model.get_output_embeddings().weight.shape[0]
 
 
+def _head_size(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def _key_value_size(text) -> int:
     """Numbers in one token's keys in one layer."""
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_key_value_heads * head
+    return text.num_key_value_heads * _head_size(text)
+
+
+CPU_SAMPLE_MB = 4096
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody uses now, torch's own reserve included.
+
+    On a CPU: 4 GiB, or half of what the machine has available if that is less.
+    """
+    if device.type != "cuda":
+        return min(CPU_SAMPLE_MB * 2**20, psutil.virtual_memory().available // 2)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def sample_budget_mb(
+    model, prompt_length: int, group_size: int, max_new_tokens: int, free: int
+) -> float:
+    """MiB for the sequences that decode together (--sample-mb 0), from `free` bytes.
+
+    80 % of what is free without autocast's bf16 copies of the weights; the rest is for one layer's
+    work and the allocator's waste. It is less where running the prompts takes more than their
+    sequences will: all of them run together, each once for its group.
+    """
+    bf16 = torch.is_autocast_enabled(model.device.type)
+    usable = free - (2 * _count(model) if bf16 and model.dtype == torch.float32 else 0)
+    sequence = sequence_bytes(model, prompt_length + max_new_tokens)
+    prompt = prompt_length * _prefill_bytes_per_token(model, bf16) / group_size
+    prompt += sequence_bytes(model, prompt_length)
+    return max(1.0, 0.8 * usable * sequence / max(sequence, prompt) / 2**20)
+
+
+def _prefill_bytes_per_token(model, bf16: bool) -> int:
+    """What a prompt's token takes while it runs without gradient: a layer's, or a block's."""
+    text = model.config.get_text_config()
+    merge = model.config.vision_config.spatial_merge_size**2
+    block = merge * tower_block_bytes(model.model.visual, bf16=bf16)
+    return max(_TextSizes(text, bf16, 0, norms_of_heads=True).token, block)
 
 
 def micro_batches(
@@ -103,17 +147,137 @@ def batch_tokens(responses: list[Response], one_prompt_per_response: bool) -> in
     return prompts * max(lengths) + len(responses) * max(len(r.ids) for r in responses)
 
 
+# ----------------------------------------------------------------------------- kept for backward
+class MicroBatch(NamedTuple):
+    """Sizes of a micro-batch: U prompts of P tokens, B responses of T tokens, padding included."""
+
+    prompts: int
+    prompt_length: int
+    responses: int
+    response_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.prompt_length + self.responses * self.response_length
+
+
+def kept_bytes(
+    model, batch: MicroBatch, *, bf16: bool, lora: int = 0, recomputed: bool = False
+) -> int:
+    """What the language model keeps for the backward pass of rollout.response_states, in bytes.
+
+    model may be on the meta device. bf16: autocast. lora: the adapters' rank, 0 without.
+    recomputed: each response runs its prompt again, each layer keeps its input alone, and one layer
+    at a time is whole. Not in it: weights, their bf16 copies, the vision tower, the head.
+
+    Derived from what each operation of transformers 5.23's layers saves; tests/test_memory.py
+    counts that. On a CUDA device attention with a mask runs the memory-efficient kernel, without a
+    mask the flash kernel. Both save what a CPU's kernel saves, but the mask is padded to a multiple
+    of 16 keys.
+    """
+    text = model.config.text_config
+    prompts, prompt_length, responses, response_length = batch
+    heads = getattr(model.model.language_model.layers[0].self_attn, "q_norm", None) is not None
+    sizes = _TextSizes(text, bf16, lora, heads)
+    whole = prompt_length + response_length - 1  # the last token is predicted and never read
+    if recomputed:
+        one_layer = sizes.layer(responses, whole, whole, masked=responses > 1)
+        norms = 1 if lora else 2
+        inputs = 4 * text.hidden_size * (text.num_hidden_layers + norms)
+        return responses * whole * inputs + one_layer
+    later = response_length - 1
+    tokens = prompts * prompt_length + responses * later
+    layer = sizes.layer(prompts, prompt_length, prompt_length, masked=prompts > 1)
+    layer += sizes.layer(responses, later, whole, masked=True)
+    last_norm = 0 if lora else 8 * text.hidden_size
+    rotary_tables = 8 * sizes.head
+    return text.num_hidden_layers * layer + tokens * (last_norm + rotary_tables)
+
+
+class _TextSizes:
+    """Bytes that one decoder layer keeps, by what they grow with."""
+
+    def __init__(self, text, bf16: bool, lora: int, norms_of_heads: bool):
+        self.head = _head_size(text)
+        self.width = width = 2 if bf16 else 4
+        self.queries = text.num_attention_heads * self.head  # numbers per token
+        self.keys = _key_value_size(text)
+        hidden = text.hidden_size
+        # float32: each of two norms keeps its input, and its output while its weight is trained
+        norms = 2 * 4 * hidden * (1 if lora else 2)
+        # autocast casts the input of q, k, v, gate and up once for each of them
+        inputs = width * hidden * (5 if bf16 else 2)
+        mlp = 4 * width * text.intermediate_size  # gate, its activation, up, their product
+        attention = 2 * width * self.queries  # queries and result
+        attention += 4 * text.num_attention_heads  # the logarithm of each softmax's sum
+        self.token = norms + inputs + mlp + attention
+        if norms_of_heads:  # Qwen3-VL: norms of queries and keys
+            self.token += (self.queries + self.keys) * (4 if lora else 4 + width)
+        if lora:
+            ranks = 7 * width * lora  # between both matrices of seven adapters
+            output_projection = width * self.queries if bf16 else 0  # a copy of its input
+            self.token += ranks + output_projection
+
+    def layer(self, rows: int, queries: int, keys: int, masked: bool) -> int:
+        """`rows` sequences of `queries` tokens, each of which may look at `keys` tokens.
+
+        masked: there is padding, or a cache. Then transformers repeats keys and values for all
+        heads, and scaled_dot_product_attention makes a bias of the mask in every layer.
+        """
+        key = 2 * self.width * (self.queries if masked else self.keys)  # and value
+        bias = rows * queries * _round_up(keys, 16) * self.width if masked else 0
+        return rows * (queries * self.token + keys * key) + bias
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def tower_bytes(tower, patches: int, *, bf16: bool) -> int:
+    """What a trained vision tower takes for this many patches, in bytes.
+
+    Its blocks recompute their activations (models.build), so each keeps its input, and one block at
+    a time is whole. There are four patches per image token.
+    """
+    width = 2 if bf16 else 4
+    kept = width * tower.config.depth * _tower_width(tower)
+    return patches * (kept + tower_block_bytes(tower, bf16=bf16))
+
+
+def tower_block_bytes(tower, *, bf16: bool) -> int:
+    """What one block of the vision tower keeps per patch while it is whole, in bytes."""
+    width = 2 if bf16 else 4
+    hidden, block = _tower_width(tower), tower.blocks[0]
+    linear = [layer for layer in block.mlp.modules() if isinstance(layer, torch.nn.Linear)]
+    intermediate = linear[0].out_features
+    # inputs of both norms in float32; queries, keys, values before and after the rotation,
+    # attention's result and its input to the projection
+    kept = 8 * hidden + 7 * width * hidden
+    # the rotation's tables, each norm's statistics, the logarithm of each softmax's sum
+    heads = tower.config.num_heads
+    kept += 8 * hidden // heads + 16 + 4 * heads
+    if len(linear) == 3:  # Qwen2.5-VL: RMS norms, which keep their outputs, and a gate
+        inputs = 3 if bf16 else 2
+        return kept + (2 + inputs) * width * hidden + 4 * width * intermediate
+    kept += 2 * width * hidden
+    quick_gelu = tower.config.hidden_act == "quick_gelu"  # Qwen2-VL
+    return kept + (3 if quick_gelu else 2) * width * intermediate
+
+
+def _tower_width(tower) -> int:
+    return tower.blocks[0].norm1.weight.numel()
+
+
 # ----------------------------------------------------------------------------------------- --plan
 def plan(config: TrainConfig, gpus: int, bf16: bool) -> dict[str, float]:
     """Predicted memory per GPU in GiB, by part, and "peak": from the config alone.
 
-    Nothing is loaded: parameters are counted on the meta device. Not in it: the allocator's own
-    waste, attention masks, the vision tower's pass.
+    Nothing is loaded: parameters are counted on the meta device. Activations are those of the
+    micro-batch that takes most. With --sample-mb 0 the caches take a share of what is free, so they
+    count nothing. Not in it: the allocator's own waste, and what CUDA itself takes.
     """
-    shape = AutoConfig.from_pretrained(config.model)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(shape)
-    text, width = shape.text_config, 2 if bf16 else 4  # bytes per number of what is not trained
+    model = meta_model(config.model)
+    text, width = model.config.text_config, 2 if bf16 else 4  # bytes per number not trained
     parameters = _count(model)
     trained = _count_trained(model, config)
     copies = 0
@@ -131,7 +295,7 @@ def plan(config: TrainConfig, gpus: int, bf16: bool) -> dict[str, float]:
         "reference": 0 if config.lora else width * parameters / gpus,
         "gradients": 4 * trained / gpus,
         "bf16 copies": copies,
-        "activations": config.micro_tokens * _activation_bytes(text, bf16, config),
+        "activations": largest_micro_batch(model, config, bf16),
         "logits, head": scores_bytes(
             config.micro_tokens,
             text.hidden_size,
@@ -150,6 +314,91 @@ def plan(config: TrainConfig, gpus: int, bf16: bool) -> dict[str, float]:
     return {name: size / 2**30 for name, size in parts.items()}
 
 
+def meta_model(path: str):
+    """A model without numbers, from its config alone."""
+    shape = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(shape)
+
+
+def largest_micro_batch(model, config: TrainConfig, bf16: bool) -> int:
+    """Bytes of the activations of the micro-batch that takes most, the vision tower's included.
+
+    It is the largest of all shapes within --micro-tokens, and of one response alone of
+    --max-new-tokens to a prompt of --max-prompt, which recomputes its activations.
+    """
+    merge = model.config.vision_config.spatial_merge_size**2
+    tower_is_trained = not (config.lora or config.freeze_vision)
+
+    def size(batch: MicroBatch, recomputed: bool) -> int:
+        kept = kept_bytes(model, batch, bf16=bf16, lora=config.lora, recomputed=recomputed)
+        if not tower_is_trained:
+            return kept
+        patches = batch.prompts * batch.prompt_length * merge
+        return kept + tower_bytes(model.model.visual, patches, bf16=bf16)
+
+    recomputed = config.gradient_checkpointing
+    sizes = [size(batch, recomputed) for batch in micro_batch_shapes(config)]
+    longest = MicroBatch(1, config.max_prompt, 1, config.max_new_tokens)
+    if longest.tokens > config.micro_tokens:
+        sizes.append(size(longest, True))
+    return max(sizes)
+
+
+def micro_batch_shapes(config: TrainConfig) -> list[MicroBatch]:
+    """Micro-batches that fill --micro-tokens, from short to long prompts and responses.
+
+    One prompt has --group-size responses; with gradient checkpointing each response has a prompt of
+    its own.
+    """
+    group = 1 if config.gradient_checkpointing else config.group_size
+    shapes = []
+    for prompt_length in _lengths(min(config.max_prompt, config.micro_tokens - 1)):
+        for response_length in _lengths(config.max_new_tokens):
+            room = config.micro_tokens - prompt_length
+            responses = min(group, room // response_length)
+            if responses < 1:
+                continue
+            prompts = config.micro_tokens // (prompt_length + responses * response_length)
+            shapes.append(MicroBatch(prompts, prompt_length, prompts * responses, response_length))
+    return shapes or [MicroBatch(1, 1, 1, 1)]
+
+
+def _lengths(longest: int) -> list[int]:
+    """`longest`, and below it one, two and so on in steps of about a quarter."""
+    lengths = [max(longest, 1)]
+    while lengths[-1] > 1:
+        lengths.append(lengths[-1] * 4 // 5)
+    return lengths
+
+
+def what_to_change(config: TrainConfig, gpus: int, bf16: bool, available: int) -> str | None:
+    """One line that says what to change where the predicted peak exceeds the GPU's memory.
+
+    available: bytes of the GPU that are free before the models are loaded. None: it fits.
+    """
+    peak = plan(config, gpus, bf16)["peak"]
+    if peak * 2**30 <= available:
+        return None
+    changes = {}
+    if not config.gradient_checkpointing:
+        changes["--gradient-checkpointing"] = {"gradient_checkpointing": True}
+    if config.micro_tokens > 1:
+        half = config.micro_tokens // 2
+        changes[f"--micro-tokens {half}"] = {"micro_tokens": half}
+    if not (config.freeze_vision or config.lora):
+        changes["--freeze-vision"] = {"freeze_vision": True}
+    peaks = [
+        f"{option} ({plan(replace(config, **change), gpus, bf16)['peak']:.1f} GiB)"
+        for option, change in changes.items()
+    ]
+    rest = "more GPUs with fsdp.yaml" if config.lora else "--lora 32, or more GPUs with fsdp.yaml"
+    return (
+        f"by prediction this run needs {peak:.1f} GiB per GPU, and {available / 2**30:.1f} GiB are "
+        f"free. What needs less: {', '.join(peaks)}, {rest}; --plan prints the parts"
+    )
+
+
 def _count(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -162,21 +411,6 @@ def _count_trained(model, config: TrainConfig) -> int:
     if config.freeze_vision:
         return _count(model) - _count(model.model.visual)
     return _count(model)
-
-
-def _activation_bytes(text, bf16: bool, config: TrainConfig) -> int:
-    """Bytes per token that the layers keep for backward.
-
-    30 H + 8 I + 4 KV + 8 per layer in bf16, 32 H + 16 I + 8 KV + 8 in float32 (hidden, intermediate
-    and key-value sizes), as counted from the tensors that transformers 5.23's Qwen2-VL layers save.
-    When they are recomputed: 4 H per layer, and everything of one layer.
-    """
-    hidden, intermediate, kv = (30, 8, 4) if bf16 else (32, 16, 8)
-    layer = hidden * text.hidden_size + intermediate * text.intermediate_size + 8
-    layer += kv * _key_value_size(text)
-    if config.gradient_checkpointing:
-        return 4 * text.hidden_size * text.num_hidden_layers + layer
-    return layer * text.num_hidden_layers
 
 
 def plan_table(parts: dict[str, float], gpus: int) -> str:

@@ -108,8 +108,7 @@ def build(config: TrainConfig, accelerator: Accelerator):
         take_features(student.model)
         if not config.lora:
             take_features(reference.model)
-    if config.gradient_checkpointing:
-        _recompute_activations(student.model)
+    _recompute_activations(student.model, config.gradient_checkpointing)
     if sharded:
         _set_policy(accelerator)
         _shard(reference, accelerator)
@@ -174,12 +173,28 @@ def _add_adapters(model, rank: int) -> None:
     model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
-def _recompute_activations(model) -> None:
+def _recompute_activations(model, everywhere: bool) -> None:
+    """Let the vision tower recompute its activations in the backward pass; or all layers.
+
+    The tower does it always: it runs once per prompt, so this costs little time, and an image token
+    would keep more than twice what a text token keeps in the language model.
+    """
     if hasattr(model, "activation_checkpointing_enable"):
         enable = model.activation_checkpointing_enable
     else:  # its name up to transformers 5.17
         enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    recompute_layers(model, everywhere)
+
+
+def recompute_layers(model, recomputed: bool) -> None:
+    """Choose for the coming passes whether the decoder layers recompute their activations.
+
+    TRAP: a layer that does has no cache while it is in training mode. Its batch must have one
+    prompt per response.
+    """
+    for layer in model.model.language_model.layers:
+        layer.gradient_checkpointing = recomputed
 
 
 def _set_policy(accelerator: Accelerator) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from hints import teacher_messages
 from losses import topk_jsd
 from plumbing.images import open_image
+from plumbing.memory import CPU_SAMPLE_MB
 from plumbing.runs import write_beside
 from plumbing.settings import EMBEDDED
 from rollout import (
@@ -145,7 +146,7 @@ def explain(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
-        sample_mb=config.sample_mb,
+        sample_mb=config.sample_mb or CPU_SAMPLE_MB,
     )
     views = [(model, plain)] + ([(reference, hinted)] if hinted else [])
     shown = []

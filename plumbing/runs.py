@@ -282,6 +282,7 @@ def split(groups: list, count: int) -> tuple[list, list]:
 # ------------------------------------------------------------------------------- start and progress
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's Accelerator with the run's precision and tracker."""
+    set_expandable_segments()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"
@@ -289,6 +290,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     tracker = None if config.log_with == "none" else config.log_with
     return Accelerator(mixed_precision=precision, log_with=tracker, project_dir="runs")
+
+
+def set_expandable_segments() -> None:
+    """Let CUDA's allocator grow its segments, so that less memory lies idle between tensors.
+
+    The allocator reads this once, when CUDA starts. A value that the user has set stays.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        name = names[0] if release >= (2, 9) else names[1]  # the first is unknown up to torch 2.8
+        os.environ[name] = "expandable_segments:True"
 
 
 def describe(student, config: TrainConfig, accelerator: Accelerator) -> str:
@@ -392,8 +405,8 @@ def print_summary(table: dict, folder: RunFolder, trainer: Trainer) -> None:
     if torch.cuda.is_available():
         accelerator = trainer.accelerator
         gpus = accelerator.num_processes if trainer.sharded else 1
-        predicted = plan(trainer.config, gpus, accelerator.mixed_precision == "bf16")["peak"]
-        used = torch.cuda.max_memory_allocated() / 2**30
+        parts = plan(trainer.config, gpus, accelerator.mixed_precision == "bf16")
         print(
-            f"peak memory of this process: {used:.1f} GiB; predicted (--plan): {predicted:.1f} GiB"
+            f"peak memory of this process while updating: {trainer.update_peak / 2**30:.1f} GiB; "
+            f"predicted (--plan) at most: {parts['peak']:.1f} GiB"
         )

@@ -140,7 +140,7 @@ class RunConfig:
     micro_tokens: int = option(
         4096,
         "tokens in one forward pass, per process: prompts, once for all their responses, "
-        "responses, padding",
+        "responses, padding; a larger response goes alone and recomputes its activations",
         at_least=1,
     )
     gradient_checkpointing: bool = option(
@@ -154,7 +154,10 @@ class RunConfig:
         above=0,
     )
     sample_mb: float = option(
-        8192, "MiB for the sequences that decode together, per process", above=0
+        0,
+        "MiB for the sequences that decode together, per process; 0: 80 % of the GPU's free "
+        "memory, on a CPU 4096",
+        at_least=0,
     )
     eval_every: int = option(50, "steps between evaluations", at_least=1)
     eval_questions: int = option(400, "held-out questions per evaluation", at_least=1)

@@ -1,6 +1,7 @@
 """plumbing/memory.py: predictions against the tensors' own sizes."""
 
 import dataclasses
+import random
 import weakref
 
 import pytest
@@ -11,20 +12,32 @@ from torch.utils._pytree import tree_leaves
 from losses import chunk_tokens, scores_from_hidden
 from plumbing import settings
 from plumbing.memory import (
+    CPU_SAMPLE_MB,
+    MicroBatch,
     batch_tokens,
+    free_bytes,
+    kept_bytes,
+    largest_micro_batch,
     micro_batches,
     plan,
     plan_table,
+    sample_budget_mb,
     scores_bytes,
     sequence_bytes,
+    tower_block_bytes,
+    tower_bytes,
+    what_to_change,
 )
+from plumbing.models import RunInForward, _add_adapters, _recompute_activations
 from rollout import (
+    Batch,
     Prompt,
     Question,
     Response,
     encode_prompts,
     pad_prompts,
     prefill,
+    response_states,
     student_messages,
 )
 from toy import world
@@ -213,6 +226,157 @@ def test_one_prompt_per_response_makes_smaller_batches():
     assert [len(batch) for batch in micro_batches(responses, 30, True)] == [2, 2]
 
 
+# ----------------------------------------------------------------------------- kept for backward
+class WeightCopies(TorchDispatchMode):
+    """The storages of weights and of their casts, which the plan counts elsewhere."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.held = [*model.parameters(), *model.buffers()]
+        self.storages = {x.untyped_storage()._cdata for x in self.held}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        casts = func is torch.ops.aten._to_copy.default
+        if casts and args[0].untyped_storage()._cdata in self.storages:
+            self.held.append(out)  # so that no other tensor gets its address
+            self.storages.add(out.untyped_storage()._cdata)
+        return out
+
+
+def counted_bytes(model, bf16, run):
+    """Bytes of all storages that autograd saves during run(), without weights and their casts."""
+    saved = {}
+
+    def pack(tensor):
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with WeightCopies(model) as weights, hooks, autocast:
+        out = run()
+    sizes = [x.untyped_storage().nbytes() for at, x in saved.items() if at not in weights.storages]
+    del out
+    return sum(sizes)
+
+
+def batch_of(shape, one_prompt_per_response):
+    """A Batch of this shape, without images; the first prompt and response are padded."""
+    prompts, prompt_length, responses, response_length = shape
+    if one_prompt_per_response:
+        prompts = responses
+    ids = torch.full((prompts, prompt_length), 9)
+    attended = torch.ones_like(ids)
+    mask = torch.ones((responses, response_length), dtype=torch.bool)
+    if prompts > 1:
+        attended[0, 0] = 0
+    if responses > 1:
+        mask[0, -2:] = False
+    inputs = {"input_ids": ids, "attention_mask": attended}
+    inputs["mm_token_type_ids"] = torch.zeros_like(ids)
+    prompt_of = torch.arange(responses) * prompts // responses
+    response_ids = torch.full((responses, response_length), 11)
+    return Batch(inputs, prompt_of, response_ids, mask, one_prompt_per_response)
+
+
+def train_by(model, everywhere=False):
+    """The model as models.build has it. TRAP: `tiny` is made anew for each test."""
+    _recompute_activations(model, everywhere)
+    return RunInForward(model.train())
+
+
+# prompts, their length, responses, their length; keys in multiples of 16, as CUDA pads the mask
+SHAPES = [(1, 96, 8, 17), (3, 48, 12, 33), (1, 16, 2, 161), (2, 128, 2, 49)]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_kept_activations_are_those_that_autograd_saves(tiny, bf16):
+    student = train_by(tiny[0])
+    for shape in SHAPES:
+        batch = batch_of(shape, False)
+        run = lambda batch=batch: student(lambda model: response_states(model, batch))  # noqa: E731
+        counted = counted_bytes(student, bf16, run)
+        assert kept_bytes(tiny[0], MicroBatch(*shape), bf16=bf16) == pytest.approx(
+            counted, rel=0.05
+        )
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_recomputed_layers_keep_their_inputs_and_one_layer_is_whole(tiny, bf16):
+    student = train_by(tiny[0], everywhere=True)
+    [first, *_] = layers = tiny[0].model.language_model.layers
+    for shape in [(1, 96, 1, 33), (1, 48, 6, 33)]:
+        batch = batch_of(shape, True)
+        run = lambda batch=batch: student(lambda model: response_states(model, batch))  # noqa: E731
+        inputs = counted_bytes(student, bf16, run)
+        first.gradient_checkpointing = False
+        with_one_layer = counted_bytes(student, bf16, run)
+        first.gradient_checkpointing = True
+        predicted = kept_bytes(tiny[0], MicroBatch(*shape), bf16=bf16, recomputed=True)
+        assert predicted == pytest.approx(with_one_layer, rel=0.05)
+        assert len(layers) == 2 and inputs < predicted
+
+
+def test_kept_activations_of_adapters(tiny):
+    pytest.importorskip("peft")
+    model = tiny[0].requires_grad_(False)
+    _add_adapters(model.to(torch.bfloat16), 8)
+    student = train_by(model)
+    for shape in SHAPES:
+        batch = batch_of(shape, False)
+        run = lambda batch=batch: student(lambda model: response_states(model, batch))  # noqa: E731
+        counted = counted_bytes(student, True, run)
+        predicted = kept_bytes(model, MicroBatch(*shape), bf16=True, lora=8)
+        assert predicted == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_tower_keeps_its_blocks_inputs_and_one_block_is_whole(tiny, bf16, monkeypatch):
+    """On a CUDA device autocast runs layer_norm in float32, on a CPU it does not."""
+    plain = torch.nn.functional.layer_norm
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *args: plain(x.float(), *args))
+    model = tiny[0].train()
+    tower = model.model.visual
+    grid = torch.tensor([[1, 8, 12]])
+    pixels = torch.randn(96, 3 * 2 * 14 * 14)
+
+    def counted(*whole):
+        for number, block in enumerate(tower.blocks):
+            block.gradient_checkpointing = number not in whole
+        return counted_bytes(tower, bf16, lambda: tower(pixels, grid_thw=grid))
+
+    _recompute_activations(model, False)
+    nothing, one = counted(), counted(0)
+    width = 2 if bf16 else 4
+    input_of_one = 96 * width * tower.blocks[0].norm1.weight.numel()
+    block = 96 * tower_block_bytes(tower, bf16=bf16)
+    assert block == pytest.approx(one - nothing + input_of_one, rel=0.05)
+    assert tower_bytes(tower, 96, bf16=bf16) == block + 2 * input_of_one
+
+
+# -------------------------------------------------------------------------------------- --sample-mb
+def test_the_sampling_budget_is_four_fifths_of_what_is_free(tiny):
+    model = tiny[0]
+    length, new = 10, 400  # the prompts' own pass takes less than their sequences
+    assert sample_budget_mb(model, length, 8, new, 10 * GIB) == pytest.approx(0.8 * 10 * 1024)
+    copies = 2 * size(model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        budget = sample_budget_mb(model, length, 8, new, 10 * GIB)
+    assert budget * 2**20 == pytest.approx(0.8 * (10 * GIB - copies))
+    assert sample_budget_mb(model, length, 8, new, 0) == 1.0
+
+
+def test_long_prompts_of_their_own_leave_room_for_fewer_sequences(tiny):
+    free = 10 * GIB
+    shared = sample_budget_mb(tiny[0], 4000, 8, 10, free)
+    assert sample_budget_mb(tiny[0], 4000, 1, 10, free) < shared < 0.8 * 10 * 1024
+
+
+def test_a_cpu_s_budget_is_bounded():
+    assert 0 < free_bytes(torch.device("cpu")) <= CPU_SAMPLE_MB * 2**20
+
+
 # ------------------------------------------------------------------------------------------- --plan
 GIB = 2**30
 
@@ -243,7 +407,7 @@ def test_plan_of_one_gpu_in_float32(sizes, freeze_vision):
 
 def test_plan_of_several_gpus_shards_what_is_kept_and_not_what_is_computed(sizes):
     whole, _, layer = sizes
-    config = TrainConfig()
+    config = TrainConfig(sample_mb=100)
     one, four = plan(config, 1, bf16=True), plan(config, 4, bf16=True)
     for name in ("weights", "AdamW", "reference", "gradients"):
         assert four[name] == one[name] / 4
@@ -271,15 +435,63 @@ def test_plan_of_lora_counts_adapters_and_no_reference(sizes, monkeypatch):
 
 
 def test_plan_takes_the_settings_that_bound_memory():
-    config = TrainConfig(micro_tokens=100, jsd_k=7, logits_mb=3)
+    config = TrainConfig(micro_tokens=100, jsd_k=7, logits_mb=3, max_prompt=50, max_new_tokens=40)
     parts = plan(config, 1, bf16=False)
     twice = plan(dataclasses.replace(config, micro_tokens=200), 1, bf16=False)
-    assert twice["activations"] == 2 * parts["activations"]
+    assert twice["activations"] > 1.5 * parts["activations"]
     expected = scores_bytes(100, 128, 100, k=7, logits_mb=3, dtype=torch.float32, train_head=True)
     assert parts["logits, head"] * GIB == expected
     recomputed = dataclasses.replace(config, gradient_checkpointing=True)
     assert plan(recomputed, 1, bf16=False)["activations"] < parts["activations"]
     assert plan(config, 1, bf16=True)["activations"] < parts["activations"]
+
+
+def test_no_micro_batch_takes_more_than_the_plan_s(base):
+    config = TrainConfig(micro_tokens=400, max_prompt=200, max_new_tokens=150, group_size=8)
+    predicted = largest_micro_batch(base[0], config, True)
+    draw = random.Random(0)
+    sizes = []
+    for _ in range(300):
+        groups = [
+            group(prompt(str(q), draw.randint(1, 200)), [draw.randint(1, 150)] * 8)
+            for q in range(draw.randint(1, 6))
+        ]
+        responses = [response for responses in groups for response in responses]
+        for part in micro_batches(responses, config.micro_tokens, False):
+            sizes.append(micro_batch_bytes(base[0], part, config.micro_tokens))
+    assert max(sizes) <= predicted
+    assert max(sizes) > 0.6 * predicted, "the prediction is near what happens"
+
+
+def micro_batch_bytes(model, responses, limit):
+    """As the plan counts it: the shape that these responses are padded to."""
+    lengths = [len(response.prompt.ids) for response in responses]
+    prompts = len({id(response.prompt) for response in responses})
+    batch = MicroBatch(prompts, max(lengths), len(responses), max(len(r.ids) for r in responses))
+    recomputed = batch.tokens > limit
+    tower = tower_bytes(model.model.visual, 4 * prompts * max(lengths), bf16=True)
+    return kept_bytes(model, batch, bf16=True, recomputed=recomputed) + tower
+
+
+def test_a_plan_without_recomputing_grows_with_the_longest_prompt():
+    short = plan(TrainConfig(micro_tokens=100, max_prompt=40), 1, bf16=True)
+    long = plan(TrainConfig(micro_tokens=100, max_prompt=4000), 1, bf16=True)
+    assert long["activations"] > 2 * short["activations"], "one alone, although it recomputes"
+
+
+def test_what_does_not_fit_says_what_to_change():
+    config = TrainConfig(micro_tokens=50_000)
+    needed = int(plan(config, 1, True)["peak"] * GIB)
+    assert what_to_change(config, 1, True, needed + 1) is None
+    line = what_to_change(config, 1, True, needed - 1)
+    assert "\n" not in line
+    for option in ("--gradient-checkpointing", "--micro-tokens 25000", "--freeze-vision", "--lora"):
+        assert option in line
+    smaller = plan(dataclasses.replace(config, micro_tokens=25_000), 1, True)["peak"]
+    assert f"--micro-tokens 25000 ({smaller:.1f} GiB)" in line
+    frozen = dataclasses.replace(config, freeze_vision=True, gradient_checkpointing=True)
+    line = what_to_change(frozen, 1, True, 1)
+    assert "--freeze-vision" not in line and "--gradient-checkpointing" not in line
 
 
 @pytest.mark.parametrize("sample_mb", [1, 10**6])
