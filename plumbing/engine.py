@@ -234,7 +234,7 @@ def halve_when_out_of_memory(score: Callable) -> Callable:
             file=sys.stderr,
         )
         torch.cuda.empty_cache()
-        return score(self, responses)
+        return retried(self, responses)
 
     return retried
 
