@@ -11,6 +11,7 @@ from two_processes import make_groups, move_student, score
 
 import train
 from plumbing import command, engine, runs
+from plumbing.models import _recompute_activations
 from rollout import response_states
 
 
@@ -88,9 +89,21 @@ def test_sharded_all_processes_recompute_or_none(trainer, monkeypatch, other_pro
     assert flags == [other_process_recomputes] * len(flags)
 
 
-def test_a_trained_tower_recomputes_and_the_layers_do_not(trainer):
-    assert all(block.gradient_checkpointing for block in trainer.policy.model.visual.blocks)
-    assert not any(layer.gradient_checkpointing for layer in layers_of(trainer))
+@pytest.mark.parametrize("tower", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_recomputes(trainer, everywhere, tower):
+    """On a GPU the tower always does. The gradient is the same, bit for bit."""
+    groups = make_groups(trainer, "unequal", range(1))
+    score(trainer, groups)
+    expected = gradient(trainer)
+    trainer.policy.zero_grad()
+    _recompute_activations(trainer.policy, everywhere, tower)
+    blocks = [block.gradient_checkpointing for block in trainer.policy.model.visual.blocks]
+    layers = [layer.gradient_checkpointing for layer in layers_of(trainer)]
+    assert blocks == [everywhere or tower] * len(blocks)
+    assert layers == [everywhere] * len(layers)
+    trainer.score(flat(groups))
+    assert_close(gradient(trainer), expected, 0)
 
 
 # --------------------------------------------------------------------- out of memory in an update
