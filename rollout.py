@@ -9,6 +9,7 @@ hours.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -320,6 +321,7 @@ def sample_groups(
     keys: list[str] | None = None,
     sample_mb: float = 4096,
     generate: str = "own",
+    watch: Callable | None = None,
 ) -> list[list[Response]]:
     """`group_size` responses to each prompt (Eq. 6); temperature 0 is greedy.
 
@@ -327,11 +329,11 @@ def sample_groups(
     keys: one text per prompt that seeds its draws (default: the question's id), so that batches and
     processes do not change what is drawn. sample_mb: MiB for the sequences that decode together.
     Where memory runs out all the same, their number is halved, once, with a message. generate:
-    "own", or "hf" for model.generate, which draws from torch's global random state. The model's
-    training mode is restored.
+    "own", or "hf" for model.generate, which draws from torch's global random state. watch: called
+    every few tokens, see plumbing.decoding.decode. The model's training mode is restored.
     """
     keys = keys or [prompt.question.id for prompt in prompts]
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "watch": watch}
     tokenizer = processor.tokenizer
     eos, banned = eos_tokens(model, tokenizer), banned_tokens(model, tokenizer)
     special = eos, banned, tokenizer.pad_token_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,6 +72,41 @@ def uniforms(keys: list[str], length: int) -> Tensor:
     return torch.stack(rows)
 
 
+def next_logits(head: torch.nn.Linear, state: Tensor, banned: Tensor) -> Tensor:
+    """Logits (R, V) float32 of the tokens that follow states (R, T, H); -inf where banned."""
+    # W x^T, not x W^T: for a dozen rows and a large vocabulary a CPU is 1.6 times as fast so
+    logits = (head.weight @ state[:, -1].T).T.float().contiguous()
+    return logits.index_fill_(-1, banned, -math.inf)
+
+
+WATCH_EVERY = 8  # tokens between two calls of `watch`; each call reads the device once
+
+
+def progress(lengths: list[int], before: int, now: int) -> tuple[int, list[int]]:
+    """What happened between token `before` and token `now` of responses of these lengths.
+
+    Returns the number of tokens drawn, and the lengths of the responses that ended.
+    """
+    tokens = sum(min(length, now) - min(length, before) for length in lengths)
+    return tokens, [length for length in lengths if before < length <= now]
+
+
+def reporter(watch: Callable | None, lengths: Tensor, longest: int) -> Callable[[int], None]:
+    """A function that tells `watch` what happened up to token `now`, every WATCH_EVERY tokens.
+
+    lengths (R,): of the responses; `longest` where a response has not ended. Read at each report.
+    """
+    reported = 0
+
+    def report(now: int) -> None:
+        nonlocal reported
+        if watch and (now % WATCH_EVERY == 0 or now == longest):
+            watch(*progress(lengths.tolist(), reported, now))
+            reported = now
+
+    return report
+
+
 def decode(
     model,
     prefilled: tuple,
@@ -79,6 +115,7 @@ def decode(
     banned: list[int],
     pad: int,
     max_new_tokens: int,
+    watch: Callable | None = None,
     **settings,
 ) -> list[tuple[list[int], list[float]]]:
     """One response for each of R prefilled rows: its token ids, EOS included, and log-probs.
@@ -87,6 +124,10 @@ def decode(
     position; the cache is used up. noise (R, max_new_tokens): see `draw`. settings: temperature,
     top_p, top_k. All rows step together; rows that ended leave once they are a quarter of the
     batch.
+
+    watch(tokens, lengths) is called before the first token and every few tokens, with numbers of
+    the time since its last call: tokens drawn, and the lengths of the responses that ended. An
+    exception that it raises ends the decoding.
     """
     state, cache, attended, start = prefilled
     count, device = len(state), state.device
@@ -98,10 +139,10 @@ def decode(
     row_of = torch.arange(count, device=device)  # which response each row of the cache writes
     done = torch.zeros(count, dtype=torch.bool, device=device)
     head = model.get_output_embeddings()
+    report = reporter(watch, lengths, max_new_tokens)
     for t in range(max_new_tokens):
-        # W x^T, not x W^T: for a dozen rows and a large vocabulary a CPU is 1.6 times as fast so
-        logits = (head.weight @ state[:, -1].T).T.float().contiguous()  # (rows, V)
-        logits.index_fill_(-1, banned, -math.inf)
+        report(t)
+        logits = next_logits(head, state, banned)
         uniform = None if noise is None else noise[row_of, t]
         token, logp[row_of, t] = draw(logits, uniform, **settings)
         ids[row_of, t] = token
@@ -124,6 +165,7 @@ def decode(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+    report(max_new_tokens)
     results = zip(ids.tolist(), logp.tolist(), lengths.tolist(), strict=True)
     return [(row_ids[:length], row_logp[:length]) for row_ids, row_logp, length in results]
 
@@ -138,12 +180,21 @@ def generate_by_transformers(
     temperature: float,
     top_p: float,
     top_k: int,
+    watch: Callable | None = None,
 ) -> list[tuple[list[int], None]]:
     """The same by model.generate, which draws from torch's global random state.
 
     inputs: one padded prompt per response, repeated where several responses answer it. Log-probs
-    are not known.
+    are not known. watch: as in `decode`, but it learns of all tokens at the end.
     """
+
+    def look(sequences: Tensor, scores, **_) -> Tensor:
+        """A stopping criterion that stops nothing, but lets `watch` raise its exception."""
+        drawn = sequences.shape[1] - inputs["input_ids"].shape[1]
+        if watch and drawn % WATCH_EVERY == 0:
+            watch(0, [])
+        return torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
+
     if temperature > 0:
         sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     else:
@@ -159,9 +210,12 @@ def generate_by_transformers(
         suppress_tokens=banned,
         **sampling,
     )
-    sequences = model.generate(**inputs, generation_config=config)
+    sequences = model.generate(**inputs, generation_config=config, stopping_criteria=[look])
     responses = []
     for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist():
         ends = [place + 1 for place, token in enumerate(ids) if token in eos]
         responses.append((ids[: ends[0]] if ends else ids, None))
+    if watch:
+        lengths = [len(ids) for ids, _ in responses]
+        watch(sum(lengths), lengths)
     return responses
