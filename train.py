@@ -236,7 +236,7 @@ class Trainer(Engine):
         other micro-batches would round otherwise, and the first ratio would not be 1.
         """
         self.student.train()
-        for part in self.micro_batches(responses):
+        for part in self.until_stopped(self.micro_batches(responses)):
             tutored = self.tensor([response.tutored for response in part])
             logp, _, _ = self.student_scores(self.training_batch(part), tutored=tutored)
             for response, row in zip(part, logp, strict=True):
@@ -255,7 +255,7 @@ class Trainer(Engine):
         largest = torch.zeros(2, device=accelerator.device)
         self.student.train()
         batches = self.micro_batches(responses)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(self.until_stopped(batches)):
             # One sum over processes, at the end. Under FSDP one per micro-batch: a gradient that
             # waits is not sharded, and takes as much memory as the whole model.
             waits = not self.sharded and number < len(batches) - 1

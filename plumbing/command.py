@@ -20,14 +20,17 @@ from plumbing.runs import (
     Run,
     RunFolder,
     describe,
+    load_checkpoint,
     make_accelerator,
     print_summary,
     start_trackers,
 )
 from plumbing.settings import THIS_RUN, make_parser, read_settings
+from plumbing.stopping import Stopped, interrupt_in_one_line
 from plumbing.study import audit
 
 
+@interrupt_in_one_line()
 def run_command(
     config_class: type, trainer_class: type, loop: Callable, toy, groups: dict[str, type], argv=None
 ) -> None:
@@ -104,18 +107,23 @@ def inspect(trainer, inputs: Inputs) -> None:
 
 
 def run_loop(trainer, loop: Callable, inputs: Inputs, checkpoints, checkpoint, state) -> None:
-    """Train, save the model, print the summary. checkpoint, state: of a resumed run."""
+    """Train, save the model, print the summary. checkpoint, state: of a resumed run.
+
+    From here on SIGTERM and Ctrl-C are noted, and the run stops where it can (Run.stop).
+    """
     config, accelerator = trainer.config, trainer.accelerator
     accelerator.wait_for_everyone()  # every process has seen that the run's folder is new
-    step = state and state["step"]
-    folder = RunFolder(inputs.folder, asdict(config), accelerator.is_main_process, step)
+    folder = RunFolder(inputs.folder, asdict(config), accelerator.is_main_process, state)
     if state:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"going on from {checkpoint}")
+        load_checkpoint(checkpoint, state, accelerator)
     start_trackers(accelerator, inputs.folder, config)
     run = Run(folder, checkpoints, state)
-    summary = loop(trainer, inputs.stream, inputs.held_out, run)
-    folder.save_model(trainer)
+    with trainer.signals.noted(prints=accelerator.is_main_process):
+        try:
+            summary = loop(trainer, inputs.stream, inputs.held_out, run)
+        except Stopped as stopped:
+            run.stop(trainer, stopped)
+        folder.save_model(trainer)
     if accelerator.is_main_process:
         print_summary(summary, folder, trainer)
     accelerator.wait_for_everyone()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from plumbing.answers import same_answer
 from plumbing.images import encode_images
 from plumbing.memory import batch_tokens, free_bytes, micro_batches, sample_budget_mb
 from plumbing.models import frozen_tower, recompute_layers, weights_whole
+from plumbing.progress import ResponseBar
+from plumbing.stopping import Stopped, StopSignals
 from rollout import Batch, Prompt, Response, banned_tokens, collate, sample_groups
 
 if TYPE_CHECKING:
@@ -57,14 +60,26 @@ class Engine:
         self.halved = False  # memory has run out once in an update
         self.update_peak = 0  # bytes of a GPU, the largest of all updates
         self.skipped = 0  # steps without an update, as their gradient was not finite
+        self.signals = StopSignals()
 
     @torch.no_grad()
     def respond(self, prompts: list[Prompt], group_size: int, **settings) -> list[list[Response]]:
-        """rollout.sample_groups with the student; a frozen tower encodes each image once."""
+        """rollout.sample_groups with the student; a frozen tower encodes each image once.
+
+        To be called by all processes. Raises Stopped on all of them if a signal asked one to stop.
+        """
         config = self.config
+        bar = ResponseBar(len(prompts) * group_size, self.accelerator.is_main_process)
+
+        def watch(tokens: int, lengths: list[int]) -> None:
+            bar.update(tokens, lengths)
+            if self.signals.number:
+                raise Stopped(self.signals.number)
 
         def run(model):
-            with weights_whole(self.student):
+            # TRAP: sharded, this is inside the wrapper's forward. An exception must not leave it:
+            # the weights would stay gathered, and the other processes would wait for this one.
+            with weights_whole(self.student), contextlib.suppress(Stopped):
                 if frozen_tower(config):
                     encode_images(model, prompts)
                 sample_mb = config.sample_mb
@@ -81,11 +96,14 @@ class Engine:
                     max_new_tokens=config.max_new_tokens,
                     sample_mb=sample_mb,
                     generate=config.generate,
+                    watch=watch,
                     **settings,
                 )
 
-        with self.accelerator.autocast():
-            return self.student(run) if self.sharded else run(self.policy)
+        with bar, self.accelerator.autocast():
+            groups = self.student(run) if self.sharded else run(self.policy)
+        self.stop_if_asked()
+        return groups
 
     @torch.no_grad()
     def ask_reference(self, run: Callable):
@@ -163,6 +181,29 @@ class Engine:
         if needed or not count:
             return needed
         return responses[:1]
+
+    # a stop by a signal
+    def stop_if_asked(self) -> None:
+        """Raise Stopped on all processes if a signal asked one of them to stop.
+
+        To be called by all processes, each as often as the others.
+        """
+        [number] = self.largest(self.signals.number)
+        if number:
+            raise Stopped(int(number))
+
+    def until_stopped(self, batches: list) -> Iterator:
+        """The micro-batches in turn, with stop_if_asked before them.
+
+        TRAP: not sharded, processes can have different numbers of micro-batches, and stop_if_asked
+        is for all of them together. So it comes before as many as every process has.
+        """
+        [negative] = self.largest(-len(batches))
+        in_common = -int(negative)
+        for number, batch in enumerate(batches):
+            if number < in_common:
+                self.stop_if_asked()
+            yield batch
 
     # numbers
     def merge_evaluations(self, right: list[str], tokens: int, questions: int) -> dict:

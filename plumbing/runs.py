@@ -6,23 +6,26 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from hints import teacher_messages
 from plumbing.memory import plan
+from plumbing.progress import pace_of_sampling, pace_of_steps
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
+    from plumbing.stopping import Stopped
     from rollout import Question, Response
     from train import TrainConfig, Trainer
 
@@ -30,20 +33,22 @@ if TYPE_CHECKING:
 class RunFolder:
     """runs/NAME/: config.json, metrics.jsonl, responses.jsonl, checkpoints/, model/.
 
-    metrics.jsonl has one line per step. Only the main process writes (active). step: the one that a
-    resumed run goes on from; what was logged after it is cut off, as it will be done again.
+    metrics.jsonl has one line per step. Only the main process writes (active). state: of the
+    checkpoint that a resumed run goes on from; what was logged after it is cut off, as it will be
+    done again.
     """
 
-    def __init__(self, path: Path, config: dict, active: bool, step: int | None = None):
+    def __init__(self, path: Path, config: dict, active: bool, state: dict | None = None):
         self.path, self.active = path, active
         if not active:
             return
-        if step is None:
+        if state is None:
             path.mkdir(parents=True)
         write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
-        if step is not None:
-            for name in ("metrics.jsonl", "responses.jsonl"):
-                cut_log(path / name, step)
+        if state is not None:
+            step = state["step"]
+            cut_log(path / "metrics.jsonl", step - 1 if "unlogged" in state else step)
+            cut_log(path / "responses.jsonl", step)
 
     def append(self, name: str, row: dict) -> None:
         """One more line of a log."""
@@ -70,6 +75,11 @@ class RunFolder:
             shutil.rmtree(self.path / "model", ignore_errors=True)
             os.rename(part, self.path / "model")
 
+    def remove(self) -> None:
+        """Remove the folder of a run that has trained nothing: its name is free again."""
+        if self.active:
+            shutil.rmtree(self.path)
+
 
 def write_beside(path: Path, text: str) -> None:
     """Replace a file at once: it holds the old text or the new, never half of one."""
@@ -80,6 +90,8 @@ def write_beside(path: Path, text: str) -> None:
 
 def cut_log(log: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line without its end."""
+    if not log.exists():  # the run stopped before the first line of it
+        return
     with log.open(encoding="utf-8") as file:  # TRAP: str.splitlines would split at U+2028 too
         whole = [line for line in file if line.endswith("\n")]
     write_beside(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
@@ -91,7 +103,7 @@ class Checkpoints:
 
     Weights, optimizer, schedule and random states, as accelerate writes them, and state.json: the
     step, what the summary needs, the data's fingerprint, and every file's size. Written beside and
-    renamed.
+    renamed. Step 0 has state.json alone, as its weights are the model's own.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int):
@@ -102,7 +114,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".part")
 
     def save(self, state: dict) -> None:
-        """Write one, and remove all but the newest `keep`. To be called after a whole rollout.
+        """Write one, and remove all but the newest `keep`.
 
         A full disk ends the run with a message; the checkpoints before stay as they are.
         """
@@ -114,7 +126,8 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(part))
+            if state["step"]:
+                accelerator.save_state(str(part))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (part / "state.json").write_text(json.dumps({**state, "files": _file_sizes(part)}))
@@ -152,7 +165,7 @@ class Checkpoints:
             raise ValueError(
                 f"--resume: the questions in {config.data} are not those that {path} was trained on"
             )
-        if state["step"] >= config.steps:
+        if state["step"] >= config.steps and "unlogged" not in state:
             raise ValueError(
                 f"--resume: {path} has done all {config.steps} steps; give a larger --steps to go "
                 "on"
@@ -165,40 +178,58 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
+def load_checkpoint(path: Path, state: dict, accelerator: Accelerator) -> None:
+    """Bring back what Checkpoints.save wrote."""
+    if state["step"]:
+        accelerator.load_state(str(path))
+    accelerator.print(f"going on from {path}")
+
+
 # ---------------------------------------------------------------------------------- where it stands
 class Run:
     """A run on its way: folder, checkpoints, state, progress, and a stop by a signal.
 
-    state: what a checkpoint keeps (see Checkpoints); None: the run is new.
+    state: what a checkpoint keeps (see Checkpoints); None: the run is new. Its "step" is that of
+    the last checkpoint; "unlogged" are the numbers of a step whose evaluation a signal cut short.
+    done: the last optimizer step that was finished; saved: the last one that is on disk.
     """
 
     def __init__(self, folder: RunFolder, checkpoints: Checkpoints, state: dict | None):
         self.folder, self.checkpoints, self.state = folder, checkpoints, state
-        self.summary, self.signals, self.began = {}, [], time.time()
+        self.summary, self.began, self.bar = {}, time.time(), None
+        self.saved = None if state is None else state["step"]
 
     def start(self, trainer: Trainer, held_out: list[Question], stream: QuestionStream) -> None:
-        """Evaluate before the first step of a new run. From here on SIGTERM stops it well."""
+        """Evaluate before the first step of a new run, or where a stop cut an evaluation short."""
         self.config, self.accelerator = trainer.config, trainer.accelerator
-        signal.signal(signal.SIGTERM, lambda *_: self.signals.append(True))
         if self.state is None:
             before = evaluate_both(trainer, held_out)
             self.state = {"step": 0, "before": before, "seconds": 0.0, "skipped": 0}
             self.state["data"] = stream.fingerprint()
             self.folder.append("metrics.jsonl", {"step": 0, **evaluation_row(before)})
+            self.print(pace_of_sampling(before, self.config))
         trainer.skipped = self.state["skipped"]
-
-    def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, with a progress bar on the main process."""
-        done, steps = self.state["step"], self.config.steps
+        self.done = self.state["step"]
+        self.first_step = self.done + 1  # of this start of the run
         self.bar = tqdm(
-            range(done + 1, steps + 1),
-            initial=done,
-            total=steps,
+            range(self.first_step, self.config.steps + 1),
+            initial=self.done,
+            total=self.config.steps,
             disable=not self.accelerator.is_main_process,
             unit="step",
             dynamic_ncols=True,
         )
+        if "unlogged" in self.state:
+            self.log(trainer, held_out, self.state["unlogged"])
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left, with a progress bar on the main process."""
         return iter(self.bar)
+
+    def print(self, line: str) -> None:
+        """Print above the bars, on the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
 
     def questions_of_rollout(self, step: int) -> range:
         """Which questions of the stream this process reads for the rollout that begins at `step`.
@@ -212,22 +243,29 @@ class Run:
         return range(begin + accelerator.process_index, end, accelerator.num_processes)
 
     def log(self, trainer: Trainer, held_out: list[Question], metrics: dict) -> None:
-        """Evaluate where it is time for it, and log the step's numbers."""
+        """Evaluate where it is time for it, and log the step's numbers.
+
+        A stop while evaluating leaves them in the state as "unlogged": the resumed run evaluates.
+        """
         step, config = metrics["step"], self.config
         metrics["lr"] = trainer.schedule.get_last_lr()[0]
         self.state.setdefault("first_entropy", metrics["entropy"])
+        self.state["unlogged"], self.done = metrics, step
+        if step == self.first_step:
+            self.print(pace_of_steps(metrics, self.state["before"], config))
         if step == config.steps:
             after = evaluate_both(trainer, held_out)
             metrics |= evaluation_row(after)
             before = {**self.state["before"], "entropy": self.state["first_entropy"]}
             after["entropy"] = metrics["entropy"]
-            self.summary |= {"before": before, "after": after}
+            self.summary |= {"before": before, "after": after, "seconds": self.seconds()}
         elif step % config.eval_every == 0:
             metrics["eval_plain"] = trainer.evaluate(held_out)["accuracy"]
             percent = 100 * metrics["eval_plain"]
-            self.bar.write(
+            self.print(
                 f"step {step}: {percent:.1f} % of the held-out questions right, plain prompt"
             )
+        del self.state["unlogged"]
         self.folder.append("metrics.jsonl", metrics)
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         self.accelerator.log(numbers, step=step)
@@ -238,39 +276,74 @@ class Run:
         )
 
     def save(self, trainer: Trainer, step: int) -> None:
-        """Write a checkpoint where one is due; after SIGTERM write one and stop, exit code 143.
+        """Write a checkpoint where one is due. To be called between two rollouts.
 
-        To be called between two rollouts.
+        Raises Stopped if a signal asked for it, but not after the last step: the run is over then.
         """
-        [asked] = trainer.largest(len(self.signals))  # all processes stop, or none
         is_last = step == self.config.steps
-        due = step - self.state["step"] >= self.config.save_every
-        if not (due or is_last or asked):
-            return
-        self.state |= {"step": step, "skipped": trainer.skipped}
-        self.state["seconds"] += time.time() - self.began
+        if is_last or step - self.state["step"] >= self.config.save_every:
+            self.write_checkpoint(trainer)
+        if not is_last:
+            trainer.stop_if_asked()
+
+    def write_checkpoint(self, trainer: Trainer) -> None:
+        """Save the last finished step."""
+        self.state |= {"step": self.done, "skipped": trainer.skipped, "seconds": self.seconds()}
         self.began = time.time()
-        self.summary["seconds"] = self.state["seconds"]
         self.checkpoints.save(self.state)
-        if asked and not is_last:
+        self.saved = self.done
+
+    def seconds(self) -> float:
+        """How long the run has taken, earlier parts of it included."""
+        return self.state["seconds"] + time.time() - self.began
+
+    def stop(self, trainer: Trainer, stopped: Stopped) -> NoReturn:
+        """Save the last finished step, say how to go on, and end the program.
+
+        What was sampled or scored after that step is dropped. A run that has not finished its first
+        evaluation leaves nothing.
+        """
+        accelerator, path = self.accelerator, self.folder.path
+        if self.bar is not None:
             self.bar.close()
-            self.accelerator.print(
-                f"stopped by SIGTERM after step {step}; go on with: python train.py --resume "
-                f"{self.folder.path}"
+        nothing_to_keep = self.state is None
+        if nothing_to_keep:
+            accelerator.print(
+                f"stopped by {stopped.name} in the first evaluation: nothing was trained, and "
+                f"{path} is removed; start again with the same command"
             )
-            self.accelerator.end_training()
-            sys.exit(143)
+        else:
+            trainer.optimizer.zero_grad()
+            if self.saved != self.done:
+                self.write_checkpoint(trainer)
+            trained = "" if self.done else " (nothing was trained; the first evaluation is kept)"
+            accelerator.print(
+                f"stopped by {stopped.name} after step {self.done}{trained}; go on with: python "
+                f"train.py --resume {path}"
+            )
+        # TRAP: torchrun ends all processes as soon as one has ended, so all wait for the main one
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if nothing_to_keep:
+            self.folder.remove()
+        sys.exit(stopped.exit_code)
 
 
 def evaluate_both(trainer: Trainer, held_out: list[Question]) -> dict:
-    """The student on plain prompts, which is the measure, and its accuracy with the hint."""
+    """The student on plain prompts, which is the measure, and its accuracy with the hint.
+
+    length, questions and seconds: of the evaluation on plain prompts.
+    """
+    began = time.time()
     plain = trainer.evaluate(held_out)
+    seconds = time.time() - began
     hinted = trainer.evaluate(held_out, teacher_messages)
     return {
         "plain": plain["accuracy"],
         "hinted": hinted["accuracy"],
         "length": plain["length"],
         "questions": plain["questions"],
+        "seconds": seconds,
     }
 
 
@@ -280,8 +353,15 @@ def split(groups: list, count: int) -> tuple[list, list]:
 
 
 # ------------------------------------------------------------------------------- start and progress
+# How long processes wait for each other. The library's 10 minutes (NCCL) are too short: who has
+# sampled his part of a rollout waits for who has the longest responses. By our arithmetic a whole
+# rollout of the paper's size with 4096 tokens per response takes an 8B model about 3 hours on 8
+# GPUs; this is twice as much. A process that dies is noticed at once, by torchrun.
+PROCESS_TIMEOUT = timedelta(hours=6)
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's Accelerator with the run's precision and tracker."""
+    """accelerate's Accelerator with the run's precision, tracker and PROCESS_TIMEOUT."""
     set_expandable_segments()
     precision = config.precision
     if precision == "auto":
@@ -289,7 +369,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # at each checkpoint it would say that tied weights are saved once
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     tracker = None if config.log_with == "none" else config.log_with
-    return Accelerator(mixed_precision=precision, log_with=tracker, project_dir="runs")
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir="runs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+    )
 
 
 def set_expandable_segments() -> None:

@@ -162,7 +162,7 @@ class RunConfig:
     eval_every: int = option(50, "steps between evaluations", at_least=1)
     eval_questions: int = option(400, "held-out questions per evaluation", at_least=1)
     save_every: int = option(
-        50, "steps between checkpoints; one more is written at SIGTERM and at the end", at_least=1
+        50, "steps between checkpoints; one more is written at a stop and at the end", at_least=1
     )
     keep: int = option(2, "checkpoints kept, the newest", at_least=1)
     resume: str = option(
