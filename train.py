@@ -159,7 +159,7 @@ class Trainer(Engine):
     def read(self, questions: list[Question], messages=student_messages) -> list[Prompt]:
         """Prompts of the questions: plain ones, unless `messages` makes other chats of them."""
         chats = [messages(question) for question in questions]
-        return encode_prompts(self.processor, questions, chats)
+        return encode_prompts(self.processor, questions, chats, self.ahead.images_of(questions))
 
     # 2 sample
     def sample(self, prompts: list[Prompt], keys: list[str] | None = None) -> list[list[Response]]:
@@ -378,10 +378,11 @@ def train(trainer: Trainer, stream, held_out: list[Question], run: runs.Run) -> 
         began = time.time()
         if not groups:
             indices = run.questions_of_rollout(step)
-            prompts = trainer.read([stream[i] for i in indices])  # 1
+            prompts = trainer.read(trainer.ahead.draw(stream, indices))  # 1
             groups = trainer.sample(prompts, [f"{config.seed}-{i}" for i in indices])  # 2
             trainer.grade(groups)  # 3
             trainer.assign(groups)  # 4: which failed responses are tutored
+            trainer.ahead.start(stream, run.questions_of_rollout(step + config.updates))
             statistics = runs.rollout_statistics(groups, config)
             run.folder.append("responses.jsonl", runs.group_row(step, groups[0]))
         sampled = time.time()

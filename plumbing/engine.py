@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plumbing.answers import same_answer
-from plumbing.images import encode_images
+from plumbing.images import QuestionsAhead, encode_images
 from plumbing.memory import batch_tokens, free_bytes, micro_batches, sample_budget_mb
 from plumbing.models import frozen_tower, recompute_layers, weights_whole
 from plumbing.progress import ResponseBar
@@ -57,6 +57,7 @@ class Engine:
             "banned": self.tensor(banned_tokens(self.policy, processor.tokenizer)),
             "logits_mb": config.logits_mb,
         }
+        self.ahead = QuestionsAhead(processor)
         self.halved = False  # memory has run out once in an update
         self.update_peak = 0  # bytes of a GPU, the largest of all updates
         self.skipped = 0  # steps without an update, as their gradient was not finite

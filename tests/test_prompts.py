@@ -1,15 +1,18 @@
 """rollout.encode_prompts: chats with their images become token ids and patches."""
 
 import os
+import threading
 
 import pytest
 import torch
 import transformers
-from conftest import rollout
+from conftest import TINY, rollout, spy
 from PIL import Image
 from test_rollout import mixed_questions, student_prompts
 
+import train
 from hints import teacher_messages
+from plumbing import images
 from plumbing.images import open_image, patches_of_questions
 from rollout import Question, chat, encode_prompts, student_messages
 from toy import world
@@ -134,3 +137,22 @@ def test_a_chat_with_another_number_of_images_is_an_error(base):
         encode_prompts(
             base[1], [question], [student_messages(question)], [(shown.pixels, shown.grid)]
         )
+
+
+def test_images_of_the_coming_rollout_are_encoded_in_a_thread(tmp_path, monkeypatch):
+    """Each question is drawn and encoded once; those after the first rollout, in another thread."""
+    monkeypatch.chdir(tmp_path)
+    encoded, drawn = [], spy(monkeypatch, world.PuzzleStream, "__getitem__", lambda _, i: i)
+    real = images.patches_of_questions
+
+    def noted(processor, questions):
+        in_main = threading.current_thread() is threading.main_thread()
+        encoded.append((in_main, [question.id for question in questions]))
+        return real(processor, questions)
+
+    monkeypatch.setattr(images, "patches_of_questions", noted)
+    train.main([*TINY, "--steps", "3", "--eval-every", "9", "--name", "t"])
+    assert sorted(drawn) == list(range(6))
+    training = [(in_main, ids) for in_main, ids in encoded if len(ids) == 2]
+    assert [in_main for in_main, _ in training] == [True, False, False]
+    assert len({question_id for _, ids in training for question_id in ids}) == 6
