@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import operator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
 
 from plumbing.recipes import RECIPES
@@ -27,6 +29,7 @@ BOUNDS = {
     "below": (operator.lt, "below"),
     "at_most": (operator.le, "at most"),
 }
+NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
 
 
 def is_embedded(model: str) -> bool:
@@ -49,16 +52,32 @@ def flag(name: str) -> str:
 
 
 def check_bounds(config) -> None:
-    """Raise ValueError with the option's name where a value breaks the rules beside its field."""
+    """Raise ValueError with the option's name where a value breaks the rules of its field.
+
+    A number must be of its field's type, within the field's bounds, and finite.
+    """
     for setting in fields(config):
         value, rules = getattr(config, setting.name), setting.metadata
-        bounds = {name: rules[name] for name in BOUNDS if name in rules}
-        if not all(BOUNDS[name][0](value, limit) for name, limit in bounds.items()):
-            text = " and ".join(f"{BOUNDS[name][1]} {limit}" for name, limit in bounds.items())
-            raise ValueError(f"{flag(setting.name)} must be {text}, got {value}")
+        if setting.type in NUMBERS:
+            _check_number(setting, value)
         if "choices" in rules and value not in rules["choices"]:
             allowed = ", ".join(rules["choices"])
             raise ValueError(f"{flag(setting.name)} must be one of {allowed}, got {value!r}")
+
+
+def _check_number(setting, value) -> None:
+    """Raise ValueError unless the value is what a field of type int or float may hold."""
+    option_name, rules = flag(setting.name), setting.metadata
+    kind, kind_name = NUMBERS[setting.type]
+    if not isinstance(value, kind):  # from a config.json, or from code
+        raise ValueError(f"{option_name} must be {kind_name}, got {value!r}")
+    bounds = {name: rules[name] for name in BOUNDS if name in rules}
+    if not all(BOUNDS[name][0](value, limit) for name, limit in bounds.items()):
+        text = " and ".join(f"{BOUNDS[name][1]} {limit}" for name, limit in bounds.items())
+        raise ValueError(f"{option_name} must be {text}, got {value}")
+    # TRAP: infinity passes a bound on one side. math.isfinite raises for an int beyond all floats.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{option_name} must be finite, got {value}")
 
 
 @dataclass
@@ -216,7 +235,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, instead of every option and then the error."""
 
     def error(self, message):
-        self.exit(2, f"train.py: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def make_parser(groups: dict[str, type], toy: dict) -> Parser:
@@ -225,6 +244,7 @@ def make_parser(groups: dict[str, type], toy: dict) -> Parser:
     toy: what the embedded model uses instead of the defaults, for the help.
     """
     parser = Parser(
+        prog="train.py",
         usage="python train.py [options]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=125),
         description="Train a vision-language model with PTD-PO (arXiv 2606.07000). Defaults in "
@@ -270,17 +290,20 @@ def read_settings(config_class, parser: Parser, toy: dict, argv=None):
     """
     parsed = vars(parser.parse_args(argv))
     given = {name: value for name, value in parsed.items() if value is not None}
+    origin = ""
     if given.get("resume"):
+        origin = f"--resume {given['resume']}: "
         given = _settings_of_run(config_class, parser, given, "resume", allowed={"steps"})
     elif given.get("report", THIS_RUN) != THIS_RUN:
+        origin = f"--report {given['report']}: "
         given = _settings_of_run(config_class, parser, given, "report", allowed=set())
     embedded = "model" not in given or is_embedded(given["model"])
-    recipe = RECIPES[given.get("recipe", "paper")]
+    recipe = RECIPES.get(given.get("recipe", "paper"), {})  # a config.json may name any recipe
     values = {**recipe, **(toy if embedded else {}), **given}
     try:
         return config_class(**values)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"{origin}{error}")
 
 
 def _settings_of_run(config_class, parser: Parser, given: dict, name: str, allowed: set) -> dict:
@@ -293,7 +316,7 @@ def _settings_of_run(config_class, parser: Parser, given: dict, name: str, allow
     try:
         saved = json.loads((Path(given[name]) / "config.json").read_text())
         return {**{setting.name: saved[setting.name] for setting in fields(config_class)}, **given}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         parser.error(
             f"{flag(name)} {given[name]}: no config.json of a run of this version in it ({reason})"

@@ -9,11 +9,13 @@ import pytest
 import train
 from plumbing import settings
 from plumbing.settings import BOUNDS, EMBEDDED, THIS_RUN, flag, make_parser, read_settings
+from ptdpo import PTDPOConfig
 from toy.settings import SETTINGS
 from train import TrainConfig
 
 ALL = {setting.name: setting for setting in fields(TrainConfig)}
 NUMBERS = [setting for setting in ALL.values() if setting.type in ("int", "float")]
+NUMBER_NAMES = {setting.name for setting in NUMBERS}
 CHOICES = [setting for setting in ALL.values() if "choices" in setting.metadata]
 
 
@@ -140,6 +142,51 @@ def test_a_value_just_outside_a_bound_is_refused_by_the_option_s_name(name, valu
 def test_nan_is_refused(name):
     with pytest.raises(ValueError, match=f"^{flag(name)} must be .*, got nan$"):
         TrainConfig(**{name: math.nan})
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", [setting.name for setting in NUMBERS])
+def test_infinity_is_refused(name, sign):
+    value = sign * math.inf
+    with pytest.raises(ValueError, match=f"^{flag(name)} must be .*, got {value}$"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e400", "-inf"])
+@pytest.mark.parametrize("name", [setting.name for setting in NUMBERS if setting.type == "float"])
+def test_a_float_that_is_not_finite_is_one_line_on_the_command_line(name, text, error_of):
+    line = error_of(f"{flag(name)}={text}")
+    assert line.startswith(f"train.py: error: {flag(name)} must be ")
+
+
+METHOD_NUMBERS = [setting.name for setting in fields(PTDPOConfig) if setting.name in NUMBER_NAMES]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", METHOD_NUMBERS)
+def test_the_method_s_config_alone_refuses_what_is_not_finite(name, value):
+    with pytest.raises(ValueError, match=f"^{flag(name)} must be .*, got {value}$"):
+        PTDPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"lr": math.inf}, "--lr must be finite, got inf"),
+        ({"lr": "fast"}, "--lr must be a number, got 'fast'"),
+        ({"lr": None}, "--lr must be a number, got None"),
+        ({"steps": 2.5}, "--steps must be a whole number, got 2.5"),
+        ({"steps": math.inf}, "--steps must be a whole number, got inf"),
+    ],
+)
+def test_the_message_says_what_the_number_must_be(values, message):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**values)
+    assert str(error.value) == message
+
+
+def test_an_int_beyond_all_floats_is_finite():
+    assert TrainConfig(steps=10**400).steps == 10**400
 
 
 @pytest.mark.parametrize(
@@ -275,8 +322,33 @@ def test_a_page_of_a_finished_run_has_the_run_s_settings(read, error_of, finishe
 
 @pytest.mark.parametrize("option", ["--resume", "--report"])
 @pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("lr", "Infinity", "--lr must be finite, got inf"),
+        ("weight_decay", "NaN", "--weight-decay must be at least 0, got nan"),
+        ("lam", "1e999", "--lam must be finite, got inf"),
+        ("temperature", '"warm"', "--temperature must be a number, got 'warm'"),
+        ("recipe", '"cake"', "--recipe must be one of paper, "),
+    ],
+)
+def test_a_bad_value_in_config_json_is_one_line(error_of, finished, option, name, text, message):
+    file = finished / "config.json"
+    saved = json.loads(file.read_text())
+    others = json.dumps({key: value for key, value in saved.items() if key != name})
+    file.write_text(f'{others[:-1]}, "{name}": {text}}}')
+    line = error_of(option, str(finished))
+    assert line.startswith(f"train.py: error: {option} {finished}: {message}")
+
+
+@pytest.mark.parametrize("option", ["--resume", "--report"])
+@pytest.mark.parametrize(
     "text, reason",
-    [(None, "FileNotFoundError"), ("{oops", "JSONDecodeError"), ('{"steps": 7}', "KeyError")],
+    [
+        (None, "FileNotFoundError"),
+        ("{oops", "JSONDecodeError"),
+        ('{"steps": 7}', "KeyError"),
+        ("[]", "TypeError"),
+    ],
 )
 def test_a_folder_without_settings_of_this_version_is_refused(
     error_of, tmp_path, option, text, reason
