@@ -7,7 +7,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 if TYPE_CHECKING:
     from rollout import Prompt, Question
@@ -279,7 +279,10 @@ def take_features(model) -> None:
         if _holds_patches(pixels, grid_thw):
             return run(pixels, grid_thw, **settings)
         final, *deeper = pixels.split(width, -1)  # Qwen3-VL has more than one feature per token
-        return SimpleNamespace(pooler_output=final, deepstack_features=deeper)
+        # transformers 5.24 calls its to_tuple, so it must be one of transformers' outputs
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=final, deepstack_features=deeper or None
+        )
 
     tower.forward = forward
 
