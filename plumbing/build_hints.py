@@ -25,21 +25,24 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hints import attention_hint, build_hint
+from hints import NoReply, attention_hint, build_hint
 from plumbing.data import Columns, load_questions
-from plumbing.experts import late_expert, load_expert, local_expert, server_expert
+from plumbing.experts import late_expert, load_expert, local_expert, one_line_errors, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
 from plumbing.images import open_image, quiet_loading
+from plumbing.settings import Parser
 from rollout import Question
 from toy import world
 
 PUZZLES = 100  # built-in puzzles without --data and without --limit
+DAY = 86400  # seconds; a system's timer may refuse far longer waits
 
 
 # ---------------------------------------------------------------------------------- the options
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line as it was given. check_args says what is wrong with its values."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="build_hints",
         usage="python -m plumbing.build_hints --out FILE --model NAME [options]",
         description="Build hints, one JSON line per question; resumable.",
     )
@@ -122,13 +125,17 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--fallback-model is for --source expert")
     if args.fallback_api_base and not args.fallback_model:
         raise ValueError("--fallback-api-base needs --fallback-model")
-    numbers = [args.tries, args.parallel, args.timeout, args.max_new_tokens]
+    if args.data and Path(args.out).resolve() == Path(args.data).resolve():
+        raise ValueError(
+            f"--out {args.out} is the file of --data; hints go into a file of their own"
+        )
+    numbers = [args.tries, args.parallel, args.max_new_tokens]
     if args.limit is not None:
         numbers.append(args.limit)
     if min(numbers) <= 0:
-        raise ValueError(
-            "--tries, --parallel, --timeout, --max-new-tokens and --limit must be above 0"
-        )
+        raise ValueError("--tries, --parallel, --max-new-tokens and --limit must be above 0")
+    if not 0 < args.timeout <= DAY:
+        raise ValueError(f"--timeout must be above 0 and at most {DAY}, got {args.timeout}")
     parse_layers(args.layers)
 
 
@@ -161,7 +168,8 @@ def choose_experts(args: argparse.Namespace) -> list[Expert]:
     if args.api_base:
         ask = server_expert(args.api_base, args.model, *limits)
     else:
-        ask = local_expert(args.model, args.max_new_tokens)
+        with one_line_errors("--model", args.model):
+            ask = local_expert(args.model, args.max_new_tokens)
     experts = [Expert(args.model, ask, retry_cut_off=not args.fallback_model)]
     if args.fallback_api_base:
         ask = server_expert(
@@ -199,7 +207,8 @@ def expert_work(args: argparse.Namespace) -> Callable[[Question], dict]:
 
 def attention_work(args: argparse.Namespace) -> Callable[[Question], dict]:
     """work for write_hints: the hint names the regions that the model itself looks at."""
-    processor, model = load_expert(args.model)
+    with one_line_errors("--model", args.model):
+        processor, model = load_expert(args.model)
     layers = parse_layers(args.layers)
 
     def work(question: Question) -> dict:
@@ -286,32 +295,52 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
     return questions[: args.limit]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check the options, read the questions, build the hints, print the table -> exit status.
+def build(args: argparse.Namespace, questions: list[Question]) -> str:
+    """Build the hints that the output lacks -> "", or the reason why the run has failed.
 
-    0: the run came to its end; 1: it stopped early. Exits with 2 where options or data are wrong.
+    Raises NoReply, ValueError or OSError where no question can be asked: no expert, or no output. A
+    new output is then removed again.
     """
-    args = parse_args(argv)
     out = Path(args.out)
-    try:
-        check_args(args)
-        questions = read_questions(args)
-        file, done = open_results(out)
-    except (ValueError, OSError) as error:
-        print(f"build_hints: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    is_new = not out.exists()
+    file, done = open_results(out)
     todo = [question for question in questions if question.id not in done]
     print(f"{len(questions)} questions, {len(questions) - len(todo)} of them in {out} already")
-    work = None
-    if todo:  # with nothing to do, no model is loaded
-        quiet_loading()
-        work = attention_work(args) if args.source == "attention" else expert_work(args)
     # Threads help where a server does the work; a local model works on one question at a time.
     parallel = args.parallel if args.api_base else 1
     with file:
-        stopped = write_hints(todo, work, file, parallel)
+        if not todo:  # no model is loaded
+            return ""
+        quiet_loading()
+        try:
+            work = attention_work(args) if args.source == "attention" else expert_work(args)
+        except (NoReply, ValueError, OSError):
+            if is_new:
+                out.unlink()
+            raise
+        return write_hints(todo, work, file, parallel)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the options, read the questions, build the hints, print the table -> exit status.
+
+    0: the run came to its end; 1: it stopped early, or no question got a reply. Exits with 2 where
+    options, data, model or output are wrong. In both cases the reason is one line of stderr.
+    """
+    args = parse_args(argv)
+    try:
+        check_args(args)
+        questions = read_questions(args)
+        stopped = build(args, questions)
+    except NoReply as error:
+        print(f"build_hints: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        print(f"build_hints: error: {reason}", file=sys.stderr)
+        sys.exit(2)
     asked = {question.id for question in questions}
-    records = {key: record for key, record in load_hints(out).items() if key in asked}
+    records = {key: record for key, record in load_hints(args.out).items() if key in asked}
     print(results_table(records, len(questions)))
     if stopped:
         print(f"stopped: {stopped}", file=sys.stderr)

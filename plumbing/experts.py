@@ -6,11 +6,13 @@ Each is a function `ask` for hints.build_hint.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import threading
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import InferenceClient
@@ -25,8 +27,8 @@ TEMPERATURE = 0.7
 ATTEMPTS = 3  # requests per reply; between them the client waits 1 second, then 2
 NO_ACCESS = (401, 403, 404)  # HTTP statuses: every other question would fail in the same way
 TRY_AGAIN = (408, 409, 429)  # HTTP statuses: the same request may succeed later, as after any 5xx
-# HTTPError, OSError: no connection, or a time-out. The others: a body that is no chat reply.
-NO_CHAT_REPLY = (HTTPError, OSError, ValueError, TypeError, LookupError)
+NO_CONNECTION = (HTTPError, OSError)  # or a time-out
+NO_CHAT_REPLY = (ValueError, TypeError, LookupError)  # what a body of another kind raises
 
 
 def load_expert(path: str):
@@ -70,6 +72,16 @@ def local_expert(path: str, max_new_tokens: int):
     return ask
 
 
+@contextlib.contextmanager
+def one_line_errors(option: str, path: str):
+    """Where a model cannot be loaded, raise ValueError: one line, with the option and its value."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{path}: ")
+        raise ValueError(f"{option} {path}: {reason}") from None
+
+
 def late_expert(path: str, max_new_tokens: int):
     """`ask` for build_hint: a local_expert that is loaded when it is first asked.
 
@@ -82,11 +94,8 @@ def late_expert(path: str, max_new_tokens: int):
     def ask(question: Question, messages: list[dict]) -> str:
         with lock:
             if not loaded:
-                try:
+                with one_line_errors("--fallback-model", path):
                     loaded.append(local_expert(path, max_new_tokens))
-                except (OSError, ValueError) as error:
-                    reason = str(error).partition("\n")[0]
-                    raise ValueError(f"--fallback-model {path}: {reason}") from None
             return loaded[0](question, messages)
 
     return ask
@@ -102,11 +111,16 @@ def server_expert(
     409, 429 and 5xx, and bodies that are no chat reply are tried ATTEMPTS times. Then ask raises
     NoReply. HTTP 401, 403 and 404 raise ValueError, because every other question would fail too.
     A reply of max_new_tokens tokens raises CutOff; any other HTTP error and an empty reply raise
-    Rejected.
+    Rejected. server_expert itself raises NoReply where base_url is no address of a server, and
+    ValueError where the key cannot be sent.
     """
+    if not _is_address(base_url):
+        raise NoReply(f"{base_url}: no address of a server, such as http://localhost:8000/v1")
     # TRAP: without a key of its own, InferenceClient sends the user's saved Hugging Face token to
     # whatever server this is.
     key = os.environ.get(key_name) or "none"
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{key_name} holds a character that no key can have, or a line break")
     client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout)
     options = {"model": model, "max_tokens": max_new_tokens, "temperature": TEMPERATURE}
 
@@ -117,15 +131,31 @@ def server_expert(
                 time.sleep(2 ** (attempt - 1))
             try:
                 choice = client.chat_completion(chat, **options).choices[0]
+                finish, text = _read_choice(choice)
             except HfHubHTTPError as error:
                 failure = _temporary_failure(error.response.status_code, base_url, key_name)
+            except NO_CONNECTION as error:
+                failure = f"{type(error).__name__} at {base_url}"
             except NO_CHAT_REPLY as error:
-                failure = type(error).__name__
+                failure = f"no chat reply from {base_url}: {type(error).__name__}"
             else:
-                return _reply_text(choice, max_new_tokens)
+                return _accept_reply(finish, text, max_new_tokens)
         raise NoReply(failure)
 
     return ask
+
+
+def _is_address(url: str) -> bool:
+    """Is this an address that a client can send to?
+
+    TRAP: InferenceClient takes any other text as the name of a model at Hugging Face.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna"), parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and host != b"" and port != 0 and url.isprintable()
 
 
 def _chat_with_images(messages: list[dict], images: list) -> list[dict]:
@@ -163,13 +193,26 @@ def _temporary_failure(status: int, base_url: str, key_name: str) -> str:
     return failure
 
 
-def _reply_text(choice, max_new_tokens: int) -> str:
-    """The text of a chat completion's choice. Raises CutOff, or Rejected where it is empty."""
-    if choice.finish_reason == "length":
+def _read_choice(choice) -> tuple[str | None, str]:
+    """A chat completion's choice -> why it ended, and its text. TypeError for anything else.
+
+    TRAP: the client does not check a reply's types.
+    """
+    if not hasattr(choice, "message") or not hasattr(choice.message, "content"):
+        raise TypeError("no message")
+    text = choice.message.content or ""
+    if not isinstance(text, str):
+        raise TypeError("a message that is no text")
+    return choice.finish_reason, text
+
+
+def _accept_reply(finish: str | None, text: str, max_new_tokens: int) -> str:
+    """The text of a reply. Raises CutOff, or Rejected where it is empty."""
+    if finish == "length":
         raise _cut_off(max_new_tokens)
-    if not choice.message.content:
+    if not text:
         raise Rejected("refused: an empty reply")
-    return choice.message.content
+    return text
 
 
 def _cut_off(max_new_tokens: int) -> CutOff:

@@ -19,6 +19,8 @@ from hints import Hint, NoReply
 from plumbing.data import check_boxes, parse_line
 from rollout import Question
 
+LINE_START = b'{"id": '  # of a line that the command writes
+
 
 def load_hints(path: str | Path) -> dict[str, dict]:
     """Read a hints file, one JSON object per line -> the records by id.
@@ -26,9 +28,17 @@ def load_hints(path: str | Path) -> dict[str, dict]:
     A record needs only id and hint. Its "hint" becomes a Hint, or None where no hint was found for
     the question. Raises ValueError, with file and line, for a bad line or an id that stands twice.
     """
+    return _parse_lines(path, Path(path).read_bytes())
+
+
+def _parse_lines(path: str | Path, text: bytes) -> dict[str, dict]:
+    """The text of a hints file -> the records by id. path: the file's name, for the errors."""
+    # TRAP: str.splitlines also splits at U+2028 and U+0085, which may stand inside a JSON text.
+    lines = text.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     records = {}
-    # TRAP: str.splitlines would also split at U+2028, which a hint may hold
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             question_id, record = _parse_record(line)
             if question_id in records:
@@ -77,24 +87,48 @@ def join_hints(questions: list[Question], path: str | Path) -> int:
 def open_results(path: Path) -> tuple[io.RawIOBase, dict[str, dict]]:
     """Open the output to go on -> the file, unbuffered and at its end, and the records it holds.
 
-    A last line without its end is cut off, and its question is asked for again. Only a crash of
+    A last line that is not whole is cut off, and its question is asked for again. Only a crash of
     the machine leaves such a line. A killed process leaves none, because each line is one write.
+    Raises ValueError where the path is no hints file, and OSError where it cannot be written; the
+    file then stays as it is.
     """
-    file = path.open("ab+", buffering=0)
-    file.seek(0)
-    text = file.readall()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")
+    text = path.read_bytes() if path.exists() else b""
     end_of_lines = text.rfind(b"\n") + 1
-    if end_of_lines < len(text):
+    last_line = text[end_of_lines:]
+    if last_line and _is_torn(last_line):
+        records = _parse_lines(path, text[:end_of_lines])
+        file = path.open("ab", buffering=0)
         print(f"{path}: its last line was not whole and is asked for again", file=sys.stderr)
         file.truncate(end_of_lines)
-    return file, load_hints(path)
+        return file, records
+    records = _parse_lines(path, text)
+    file = path.open("ab", buffering=0)
+    if last_line:
+        file.write(b"\n")
+    return file, records
+
+
+def _is_torn(line: bytes) -> bool:
+    """Is this the beginning of a line that `_Results` writes?
+
+    TRAP: any other line must stay. The file may not be a hints file, or an editor may have left out
+    the newline behind the last record.
+    """
+    try:
+        parse_line(line)
+    except ValueError:
+        return line[: len(LINE_START)] == LINE_START[: len(line)]
+    return False
 
 
 @dataclass
 class _Results:
     """What write_hints has written so far, and why it must stop, if it must.
 
-    patience: the number of questions in a row without a reply that ends the run.
+    patience: the number of questions in a row without a reply that ends the run. silent: how many
+    have had none since the last record. failure: why the last of them had none.
     """
 
     file: io.RawIOBase
@@ -102,28 +136,40 @@ class _Results:
     accepted: int = 0
     finished: int = 0
     silent: int = 0
+    failure: str = ""
     stop: str = ""
 
     def add(self, question: Question, future: Future) -> None:
         """Write the record of one question, or note why there is none."""
         try:
             record = {"id": question.id, "question": question.text, **future.result()}
+            self._write(record)
         except NoReply as error:
             self._count_silence(error)
-        except ValueError as error:
-            self.stop = str(error)
-        else:
-            self._write(record)
+        except (ValueError, OSError) as error:
+            self.stop = str(error).partition("\n")[0]
+
+    def outcome(self) -> str:
+        """Why the run stopped early, or, at its end, that not one question got a reply; else ""."""
+        if self.silent and not self.finished and not self.stop:
+            return f"no reply to any question that was asked ({self.failure}); run again to go on"
+        return self.stop
 
     def _count_silence(self, error: NoReply) -> None:
         self.silent += 1
+        self.failure = str(error)
         if self.silent >= self.patience:
             self.stop = (
                 f"no reply to {self.silent} questions in a row ({error}); run again to go on"
             )
 
     def _write(self, record: dict) -> None:
-        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        # A lone surrogate, as in half an emoji of a reply, becomes its JSON escape.
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+        written = self.file.write(line)
+        if written < len(line):  # the disk is full
+            self.file.truncate(self.file.tell() - written)
+            raise OSError("the last line could not be written whole; is the disk full?")
         self.silent = 0
         self.finished += 1
         if record["hint"] is not None:
@@ -133,9 +179,10 @@ class _Results:
 def write_hints(questions: list[Question], work, file: io.RawIOBase, parallel: int) -> str:
     """Run work(question) -> record for all questions, and write each record when it is ready.
 
-    `parallel` questions are in work at a time. -> "", or the reason why the run stopped early.
-    A question whose work raises NoReply gets no line, so the next run asks for it again. The run
-    stops after 2 * parallel of these in a row, or after a ValueError.
+    `parallel` questions are in work at a time. -> "", or the reason why the run has failed. A
+    question whose work raises NoReply gets no line, so the next run asks for it again. The run
+    stops after 2 * parallel of these in a row, and after a ValueError or OSError. It has also
+    failed if it came to its end and not one question got a reply.
     """
     todo = iter(questions)
     running = {}
@@ -148,7 +195,7 @@ def write_hints(questions: list[Question], work, file: io.RawIOBase, parallel: i
                     for question in islice(todo, parallel - len(running)):
                         running[pool.submit(work, question)] = question
                 if not running:
-                    return results.stop
+                    return results.outcome()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     results.add(running.pop(future), future)
                     bar.update()

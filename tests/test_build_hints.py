@@ -219,7 +219,7 @@ def test_a_server_that_does_everything_wrong(serve, tmp_path, capsys, monkeypatc
     assert "sesame" not in printed.out + printed.err + (tmp_path / "h.jsonl").read_text()
 
     before = server.asked.copy()
-    assert command(server, tmp_path, "--parallel", "2") == 0  # only what has no line is asked again
+    assert command(server, tmp_path, "--parallel", "2") == 1  # only what has no line is asked again
     assert {text for text in texts if server.asked[text] != before[text]} == {"down"}
 
 
@@ -254,6 +254,82 @@ def test_single_failures_do_not_end_the_run_and_limit_takes_the_first(serve, tmp
     assert command(serve(fails_for_even), tmp_path, "--parallel", "1", "--limit", "7") == 0
     assert list(load_hints(tmp_path / "h.jsonl")) == ["q1", "q3", "q5"]
     assert "not answered yet 4" in capsys.readouterr().out
+
+
+def last_error(capsys):
+    """The one line of stderr besides the progress bar."""
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line and "question/s" not in line]
+    [line] = lines
+    return line
+
+
+def test_a_server_that_never_answers_is_a_failure_for_one_question_too(serve, tmp_path, capsys):
+    write_data(tmp_path, ["a"])
+    server = serve(lambda question, before: time.sleep(0.5) or FINE)
+    assert command(server, tmp_path, "--timeout", "0.1") == 1
+    reason = f"no reply to any question that was asked (InferenceTimeoutError at {server.url})"
+    assert last_error(capsys) == f"stopped: {reason}; run again to go on"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<!doctype html><title>It works</title>",
+        b"",
+        b"null",
+        b"\xff\xfe",
+        b'{"error": "busy"}',
+        b'{"choices": "x"}',
+        b'{"choices": [[]]}',
+        b'{"choices": [{}]}',
+        b'{"choices": [{"message": "hello"}]}',
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}}]}',
+    ],
+)
+def test_a_body_that_is_no_chat_reply_is_no_reply(body, serve, tmp_path, capsys):
+    write_data(tmp_path, ["a", "b"])
+    server = serve(lambda question, before: (200, body))
+    assert command(server, tmp_path) == 1
+    assert server.asked == {"a": 3, "b": 3}
+    assert f"(no chat reply from {server.url}: " in last_error(capsys)
+
+
+@pytest.mark.parametrize("option", ["--api-base", "--fallback-api-base"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "nonsense",
+        "localhost:8000/v1",
+        "ftp://localhost/v1",
+        "http://",
+        "http://x:port/v1",
+        "http://x:0",
+        "http://[::1/v1",
+        "http://a..b/v1",
+        "http://x\0",
+    ],
+)
+def test_an_address_that_is_no_url_is_one_line(option, address, serve, tmp_path, capsys):
+    write_data(tmp_path, ["a"])
+    server = serve(lambda question, before: FINE)
+    fallback = ["--fallback-model", "f"] if option == "--fallback-api-base" else []
+    assert command(server, tmp_path, *fallback, option, address) == 1
+    reason = "no address of a server, such as http://localhost:8000/v1"
+    assert last_error(capsys) == f"build_hints: error: {address}: {reason}"
+    assert not server.requests
+    assert not (tmp_path / "h.jsonl").exists()
+
+
+def test_a_key_with_a_line_break_is_one_line_without_the_key(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame\n")
+    write_data(tmp_path, ["a"])
+    server = serve(lambda question, before: FINE)
+    with pytest.raises(SystemExit) as stop:
+        command(server, tmp_path)
+    assert stop.value.code == 2
+    line = last_error(capsys)
+    assert "OPENAI_API_KEY" in line and "sesame" not in line
 
 
 # ------------------------------------------------------------------------- a second expert
@@ -430,15 +506,53 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
         (["--source", "attention", "--fallback-model", "m"], "--fallback-model is for"),
         (["--tries", "0"], "must be above 0"),
         (["--limit", "0"], "must be above 0"),
+        (["--limit", "two"], "argument --limit: invalid int value: 'two'"),
+        (["--timeout", "0"], "--timeout must be above 0 and at most 86400, got 0.0"),
+        (["--timeout", "inf"], "--timeout must be above 0 and at most 86400, got inf"),
+        (["--timeout", "nan"], "--timeout must be above 0 and at most 86400, got nan"),
         (["--layers", "3"], "FIRST-LAST"),
         (["--data", "none.jsonl"], "no such file"),
+        (["--data", "empty.jsonl"], "empty.jsonl: no questions in it"),
+        (["--out", "."], ".: not a file"),
+        (["--out", "no/folder/h.jsonl"], "No such file or directory: 'no/folder/h.jsonl'"),
+        (["--out", "/dev/null"], "/dev/null: not a file"),
+        (["--out", "README.md"], "README.md:1: Expecting value"),
+        (["--model", "/no/model"], "--model /no/model: "),
+        (["--model", "/no/model", "--source", "attention"], "--model /no/model: "),
+        (["--model", "."], "--model .: "),
     ],
 )
-def test_bad_options(options, message, tmp_path, capsys):
+def test_bad_options(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contents = {"README.md": "# no hints file", "empty.jsonl": ""}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as error:
-        main(["--out", str(tmp_path / "h.jsonl"), "--model", "m", *options])
+        main(["--out", "h.jsonl", "--model", "m", *options])
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    line = last_error(capsys)
+    assert line.startswith("build_hints: error: ") and message in line
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == contents
+
+
+def test_the_data_is_not_the_output(tmp_path, capsys):
+    write_data(tmp_path, ["a"])
+    data = (tmp_path / "d.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as error:
+        main(arguments("http://x/v1", tmp_path, out="d.jsonl"))
+    assert error.value.code == 2
+    assert "is the file of --data" in last_error(capsys)
+    assert (tmp_path / "d.jsonl").read_bytes() == data
+
+
+def test_a_model_that_cannot_be_loaded_leaves_an_older_output_as_it_is(tmp_path):
+    out = tmp_path / "h.jsonl"
+    lines = '{"id": "of another run", "hint": null}\n'
+    for content in (lines, ""):
+        out.write_text(content)
+        with pytest.raises(SystemExit):
+            main(["--out", str(out), "--model", "/no/model", "--limit", "1"])
+        assert out.read_text() == content
 
 
 def test_a_local_model_as_the_expert(base, tmp_path, capsys):
