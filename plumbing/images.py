@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,9 +187,14 @@ def _shows_image(processor: ImageTextProcessor) -> bool:
 
 
 def quiet_loading() -> None:
-    """No progress bars and warnings of transformers while models are loaded."""
+    """No progress bars and warnings of transformers while models are loaded.
+
+    One warning of later passes goes too: transformers 5.24 names the argument past_key_values
+    `cache`, but takes both names until 5.40. 5.17 knows only the former.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 
 def patches_of_questions(

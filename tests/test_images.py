@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from PIL import Image
 from test_rollout import ids_of, mixed_questions, student_prompts
 
 from hints import teacher_messages
-from plumbing.images import StoredImage, encode_images, load_processor, open_image, take_features
+from plumbing.images import (
+    StoredImage,
+    encode_images,
+    load_processor,
+    open_image,
+    quiet_loading,
+    take_features,
+)
 from plumbing.settings import EMBEDDED
 from rollout import collate, encode_prompts, response_states, sample_groups
 from toy import world
@@ -158,3 +166,17 @@ def test_a_model_that_takes_features_still_takes_patches(tiny):
     take_features(model)
     for expected, states in zip(before, states_both_ways(model, prompts), strict=True):
         torch.testing.assert_close(states, expected, rtol=0, atol=0)
+
+
+def test_the_new_name_of_an_argument_is_no_news_to_the_user():
+    """The text is the one of transformers 5.24."""
+    text = (
+        "`past_key_values` is deprecated and will be removed in version 5.40.0 for "
+        "`Qwen2VLModel.forward`. Use `cache` instead."
+    )
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quiet_loading()
+        warnings.warn(text, FutureWarning, stacklevel=1)
+        warnings.warn("another one", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another one"]
