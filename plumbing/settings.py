@@ -119,8 +119,7 @@ class RunConfig:
     )
     fog: float = option(
         0.0,
-        "share of the embedded model's puzzles that are in fog: there the hinted teacher is right "
-        "only 2 times in 3",
+        "share of the embedded model's puzzles in fog: there the teacher is right 2 times in 3",
         at_least=0,
         at_most=1,
     )
