@@ -516,7 +516,7 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path):
         (["--out", "."], ".: not a file"),
         (["--out", "no/folder/h.jsonl"], "No such file or directory: 'no/folder/h.jsonl'"),
         (["--out", "/dev/null"], "/dev/null: not a file"),
-        (["--out", "README.md"], "README.md:1: Expecting value"),
+        (["--out", "README.md"], "README.md:1: the line is not one JSON object"),
         (["--model", "/no/model"], "--model /no/model: "),
         (["--model", "/no/model", "--source", "attention"], "--model /no/model: "),
         (["--model", "."], "--model .: "),
