@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers import logging as transformers_logging
@@ -106,8 +106,8 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
     """The processor of a saved model, by pillow. path: a folder or hub name.
 
     min_pixels, max_pixels: smallest and largest area of an image; 0: the model's own. Raises
-    ValueError where a file cannot be read, where the tokenizer is empty or has no image token, and
-    where there is no chat template or one that leaves images out.
+    ValueError where a file cannot be read, where the tokenizer is empty or has no image token or
+    end-of-sequence token, and where there is no chat template or one that leaves images out.
 
     TRAP: AutoProcessor on an image-only processor silently returns a tokenizer, and
     AutoImageProcessor wants torchvision in some versions. So each part is loaded by its class,
@@ -118,7 +118,7 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
         tokenizer = AutoTokenizer.from_pretrained(path)
         settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(path)
         saved, _ = ImageTextProcessor.get_processor_dict(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot read its processor: {first_line(error)}") from None
     images = _image_processor(settings, min_pixels, max_pixels)
     template, owner = _chat_template(saved, tokenizer)
@@ -136,7 +136,9 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
             f"{path}: its tokenizer is empty or has no {processor.image_token}: are its files "
             "there?"
         )
-    if not _shows_image(processor):
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: its tokenizer names no eos_token, which ends a response")
+    if not _shows_image(processor, path):
         raise ValueError(
             f"{path}: the chat template of its {owner} leaves images out: in a chat with one image "
             f"there must be one {processor.image_token}"
@@ -171,16 +173,23 @@ def _chat_template(saved: dict, tokenizer) -> tuple[str | None, str]:
     if not template:
         template = tokenizer.chat_template
         owner = "tokenizer (tokenizer_config.json)"
+    if isinstance(template, list):  # several, as a file may hold them
+        template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
     return template, owner
 
 
-def _shows_image(processor: ImageTextProcessor) -> bool:
-    """Does the chat template give one image token for one image?"""
+def _shows_image(processor: ImageTextProcessor, path: str) -> bool:
+    """Does the chat template give one image token for one image?
+
+    Raises ValueError where it is no template.
+    """
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     try:
         text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{path}: its chat template is broken: {first_line(error)}") from None
     except (TemplateError, TypeError):  # made for texts, it gets a list of parts
         return False
     return text.count(processor.image_token) == 1

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoConfig
 
@@ -19,6 +20,8 @@ from plumbing.settings import is_embedded
 from rollout import Question, student_messages
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from train import TrainConfig
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -49,9 +52,10 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
     """
     _check_options(config, world_size)
     same_answer = load_judge(config.verifier)
-    _check_model(config.model)
+    shape = _check_model(config.model)
     folder = _run_folder(config)
     processor = load_processor(config.model, config.min_pixels, config.max_pixels)
+    _check_tokens(config.model, shape, processor)
     reader = _Reader(config, processor)
     embedded = is_embedded(config.model)
     if config.eval_data:
@@ -97,7 +101,8 @@ def _check_options(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def _check_model(model: str) -> None:
+def _check_model(model: str) -> PreTrainedConfig:
+    """The model's config. Raises ValueError where it cannot be read or trained."""
     is_path = Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1
     if is_path and not Path(model).exists():
         raise ValueError(
@@ -108,14 +113,37 @@ def _check_model(model: str) -> None:
     except ValueError as error:
         raise ValueError(f"--model {error}") from None
     try:
-        model_type = AutoConfig.from_pretrained(model).model_type
-    except (OSError, ValueError) as error:
+        shape = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"--model {model}: cannot read its config.json: {first_line(error)}"
         ) from None
-    if model_type not in MODEL_TYPES:
+    if shape.model_type not in MODEL_TYPES:
         raise ValueError(
-            f"--model {model}: is a {model_type} model; supported: {', '.join(MODEL_TYPES)}"
+            f"--model {model}: is a {shape.model_type} model; supported: {', '.join(MODEL_TYPES)}"
+        )
+    quantized = getattr(shape, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"--model {model}: its weights are quantized ({method}) and cannot be trained: take "
+            "the model that they were made from"
+        )
+    return shape
+
+
+def _check_tokens(model: str, shape: PreTrainedConfig, processor: ImageTextProcessor) -> None:
+    """Raises ValueError where the tokenizer's ids are not those of the model."""
+    tokens, rows = len(processor.tokenizer), shape.get_text_config().vocab_size
+    if tokens > rows:
+        raise ValueError(
+            f"--model {model}: its tokenizer has {tokens} tokens, but the model only {rows}: "
+            "resize its embeddings, or take the tokenizer that belongs to it"
+        )
+    if shape.image_token_id != processor.image_token_id:
+        raise ValueError(
+            f"--model {model}: in its config.json image_token_id is {shape.image_token_id}, but "
+            f"its tokenizer's {processor.image_token} is {processor.image_token_id}"
         )
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from plumbing.images import first_line, take_features
 
@@ -134,17 +134,23 @@ def load_model(path: str, dtype: torch.dtype):
     """
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_tied_head(path),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot load its weights: {first_line(error)}") from None
     mismatched = {
         f"{name} {list(shape)}, not {list(expected)}"
         for name, shape, expected in report["mismatched_keys"]
     }
+    # rotary frequencies, which some files hold, follow from the config
+    unknown = {name for name in report["unexpected_keys"] if not name.endswith(".inv_freq")}
     problems = [
         _named("missing", report["missing_keys"]),
-        _named("unknown to the model", report["unexpected_keys"]),
+        _named("unknown to the model", unknown),
         _named("of another shape", mismatched),
     ]
     if any(problems):
@@ -152,6 +158,18 @@ def load_model(path: str, dtype: torch.dtype):
             f"{path}: its weights are not the model's: {'; '.join(filter(None, problems))}"
         )
     return model
+
+
+def _tied_head(path: str) -> dict[str, bool]:
+    """The settings of a model whose config.json says in text_config alone that its head is tied.
+
+    So transformers 4.52 to 4.57 wrote it: there True was the default of the outer config. Newer
+    versions take the outer value, and not all of them lift the inner one.
+    """
+    saved, _ = PreTrainedConfig.get_config_dict(path)
+    inner = saved.get("text_config") or {}
+    lifted = inner.get("tie_word_embeddings") and "tie_word_embeddings" not in saved
+    return {"tie_word_embeddings": True} if lifted else {}
 
 
 def _named(problem: str, keys: set[str], shown: int = 3) -> str:

@@ -124,6 +124,34 @@ def test_the_config_of_the_files_is_the_models(checkpoint):
     assert set(banned_tokens(model, tokenizer)) == specials | ends_of_others | padding
 
 
+def test_a_head_that_only_text_config_calls_tied_is_tied(checkpoints, tmp_path):
+    """As transformers 4.52 to 4.57 wrote it. Here on Qwen3-VL, whose class does not lift it."""
+    folder = shutil.copytree(checkpoints["Qwen3VL"][0], tmp_path / "copy")
+    edit(folder / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    model = load_model(str(folder), torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_rotary_frequencies_in_a_file_are_no_weights(checkpoints, tmp_path):
+    folder, weights = checkpoints["Qwen2VL"]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    rewrite(copy, {**weights, "visual.rotary_pos_emb.inv_freq": torch.ones(4)})
+    for one, other in zip(
+        load_model(str(copy), torch.float32).parameters(),
+        load_model(str(folder), torch.float32).parameters(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_template_among_several_by_name_is_the_default_one(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["Qwen2VL"][0], tmp_path / "copy")
+    templates = {"tool_use": "no images", "default": hub.VISION_TEMPLATE}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    hub.write_json(folder / "chat_template.json", {"chat_template": named})
+    assert load_processor(str(folder)).chat_template == hub.VISION_TEMPLATE
+
+
 def test_the_processor_is_that_of_the_files(checkpoint):
     """The template that shows images, the limits of an image's area, and the numbers."""
     kind, folder, _ = checkpoint
@@ -317,6 +345,10 @@ def remove_shard(folder, weights):
     (folder / SHARD).unlink()
 
 
+def index_without_files(folder, weights):
+    hub.write_json(folder / "model.safetensors.index.json", {"metadata": {}})
+
+
 def break_index(folder, weights):
     (folder / "model.safetensors.index.json").write_text("{oops")
 
@@ -356,6 +388,46 @@ def template_without_key(folder, weights):
     hub.write_json(folder / "chat_template.json", {})
 
 
+def broken_template(folder, weights):
+    hub.write_json(folder / "chat_template.json", {"chat_template": "{% for %}"})
+
+
+def edit(path, change):
+    """Change a file's JSON in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    hub.write_json(path, content)
+
+
+def no_end(folder, weights):
+    edit(folder / "tokenizer_config.json", lambda settings: settings.update(eos_token=None))
+
+
+def quantized(folder, weights):
+    method = {"quant_method": "awq", "bits": 4}
+    edit(folder / "config.json", lambda config: config.update(quantization_config=method))
+
+
+def other_image_token(folder, weights):
+    edit(folder / "config.json", lambda config: config.update(image_token_id=5))
+
+
+def text_for_a_number(folder, weights):
+    edit(folder / "config.json", lambda config: config.update(hidden_size="48"))
+
+
+def tokens_without_rows(folder, weights):
+    """20 more tokens than the embeddings have rows for."""
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    used = max(hub.ID.values()) + 1
+    tokens = {
+        str(number): {**token, "content": f"<extra{number}>", "special": False}
+        for number in range(used, used + 20)
+    }
+    path = folder / "tokenizer_config.json"
+    edit(path, lambda settings: settings["added_tokens_decoder"].update(tokens))
+
+
 def refusal(capsys):
     """The only line that was printed to stderr."""
     [line] = capsys.readouterr().err.splitlines()
@@ -378,6 +450,7 @@ def copy_changed(checkpoints, tmp_path, change):
         (cut_shard, "cannot load its weights: Error while deserializing header: incomplete"),
         (remove_shard, f"/copy/{SHARD}"),
         (break_index, "cannot load its weights: Expecting property name"),
+        (index_without_files, "cannot load its weights: 'weight_map'"),
     ],
 )
 def test_weights_that_are_not_the_models_are_refused_in_one_line(
@@ -404,6 +477,12 @@ def test_weights_that_are_not_the_models_are_refused_in_one_line(
         (no_tokenizer, "its tokenizer is empty or has no <|image_pad|>"),
         (no_preprocessor, "cannot read its processor: Can't load image processor"),
         (template_without_key, "cannot read its processor: 'chat_template'"),
+        (broken_template, "its chat template is broken: Expected an expression"),
+        (no_end, "its tokenizer names no eos_token"),
+        (quantized, "its weights are quantized (awq) and cannot be trained"),
+        (other_image_token, "image_token_id is 5, but its tokenizer's <|image_pad|> is 266"),
+        (text_for_a_number, "cannot read its config.json: Validation error for field 'hidden_si"),
+        (tokens_without_rows, "its tokenizer has 288 tokens, but the model only 272"),
     ],
 )
 def test_a_processor_without_images_is_refused_before_a_model_is_loaded(
