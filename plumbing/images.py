@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError, TemplateSyntaxError
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -50,11 +51,23 @@ def decode_cell(value) -> Image.Image:
 
 
 def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
-    """A question's image, in RGB."""
+    """A question's image as a person sees it: upright, in RGB, on white where it is transparent.
+
+    TRAP: convert("RGB") alone gives the colours behind a transparent pixel, mostly black: a drawing
+    in black lines disappears. And it turns most of 16 bits of grey into white.
+    """
     if isinstance(image, StoredImage):
         image = image.open()
     elif not isinstance(image, Image.Image):
         image = Image.open(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        drawing = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(drawing)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -47,6 +47,44 @@ def test_an_image_in_rgb_is_itself():
     assert open_image(image) is image
 
 
+def drawing(mode, path):
+    """A black line on a ground that is transparent, as such drawings are saved in each mode."""
+    ground = {"RGBA": (0, 0, 0, 0), "LA": (0, 0), "RGB": (0, 255, 0), "P": 1}[mode]
+    line = {"RGBA": (0, 0, 0, 255), "LA": (0, 255), "RGB": (0, 0, 0), "P": 0}[mode]
+    image = Image.new(mode, (30, 20), ground)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 0, 255, 0])
+    image.paste(line, (10, 0, 20, 20))
+    one_colour = {"transparency": ground} if mode in ("RGB", "P") else {}
+    image.save(path, **one_colour)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "P"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    path = tmp_path / "drawing.png"
+    drawing(mode, path)
+    assert Image.open(path).mode == mode
+    opened = open_image(path)
+    assert (opened.mode, opened.getpixel((5, 10))) == ("RGB", (255, 255, 255))
+    assert opened.getpixel((15, 10)) == (0, 0, 0)
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
+    image = Image.new("RGB", (32, 16), (255, 255, 255))
+    image.paste((200, 0, 0), (0, 0, 16, 16))  # red on the left; upright it is at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.png", exif=exif)
+    opened = open_image(tmp_path / "photo.png")
+    assert opened.size == (16, 32)
+    assert (opened.getpixel((8, 4)), opened.getpixel((8, 28))) == ((200, 0, 0), (255, 255, 255))
+
+
+def test_16_bits_of_grey_are_scaled(tmp_path):
+    Image.new("I;16", (30, 20), 128 * 256 + 77).save(tmp_path / "scan.png")
+    assert open_image(tmp_path / "scan.png").getpixel((0, 0)) == (128, 128, 128)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_an_image_is_opened_from_its_path(kind, tmp_path):
     picture("L").save(tmp_path / "a.png")
