@@ -218,7 +218,7 @@ def hint(puzzle: Puzzle) -> Hint:
     if level.grey_star:
         ignore.append("the grey star, because it marks another row")
     if level.has_stones:
-        reason = "are no gems" if level.kinds == 1 else "are worth nothing"
+        reason = "are not gems" if level.kinds == 1 else "are worth nothing"
         ignore.append(f"the grey stones, because they {reason}")
     return Hint(
         look=[f"{row_name(puzzle)}, because the yellow star is at its left end"],
