@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from hints import teacher_messages
@@ -51,15 +52,20 @@ class RunFolder:
             cut_log(path / "responses.jsonl", step)
 
     def append(self, name: str, row: dict) -> None:
-        """One more line of a log."""
-        if self.active:
+        """One more line of a log. A full disk ends the run with a message."""
+        if not self.active:
+            return
+        try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            sys.exit(f"cannot write {self.path / name}: {error}")
 
     def save_model(self, trainer: Trainer) -> None:
         """The student's weights, or its LoRA adapters alone.
 
-        Written beside and renamed: model/ is there whole or not at all.
+        Written beside and renamed: model/ is there whole or not at all. A full disk ends the run
+        with a message: a resumed run then saves the model alone.
         """
         accelerator = trainer.accelerator
         accelerator.wait_for_everyone()
@@ -67,13 +73,21 @@ class RunFolder:
         if not trainer.config.lora:
             named = accelerator.get_state_dict(trainer.student).items()
             weights = {name.removeprefix("model."): value for name, value in named}
-        if self.active:
-            part = self.path / "model.part"
-            shutil.rmtree(part, ignore_errors=True)
+        if not self.active:
+            return
+        target, part = self.path / "model", self.path / "model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
             trainer.policy.save_pretrained(part, state_dict=weights or None)
             trainer.processor.save_pretrained(part)
-            shutil.rmtree(self.path / "model", ignore_errors=True)
-            os.rename(part, self.path / "model")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            sys.exit(
+                f"cannot write the model {target}: {error}\nmake room, then: python train.py "
+                f"--resume {self.path}"
+            )
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(part, target)
 
     def remove(self) -> None:
         """Remove the folder of a run that has trained nothing: its name is free again."""
@@ -138,7 +152,10 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             finished = self.finished()
             rest = f"the last good one is {finished[-1]}" if finished else "there is none before it"
-            sys.exit(f"cannot write the checkpoint {target}: {error}\n{rest}")
+            free = shutil.disk_usage(self.folder).free / 2**20
+            sys.exit(
+                f"cannot write the checkpoint {target}, {free:.0f} MiB are free: {error}\n{rest}"
+            )
 
     def newest(self, stream: QuestionStream, config: TrainConfig) -> tuple[Path, dict]:
         """The newest checkpoint and its state.
@@ -165,7 +182,10 @@ class Checkpoints:
             raise ValueError(
                 f"--resume: the questions in {config.data} are not those that {path} was trained on"
             )
-        if state["step"] >= config.steps and "unlogged" not in state:
+        # a run that ended between its last checkpoint and its model goes on to save the model
+        has_model = (self.folder.parent / "model").is_dir()
+        is_unsaved = "summary" in state and state["step"] == config.steps and not has_model
+        if state["step"] >= config.steps and "unlogged" not in state and not is_unsaved:
             raise ValueError(
                 f"--resume: {path} has done all {config.steps} steps; give a larger --steps to go "
                 "on"
@@ -190,7 +210,8 @@ class Run:
     """A run on its way: folder, checkpoints, state, progress, and a stop by a signal.
 
     state: what a checkpoint keeps (see Checkpoints); None: the run is new. Its "step" is that of
-    the last checkpoint; "unlogged" are the numbers of a step whose evaluation a signal cut short.
+    the last checkpoint; "unlogged" are the numbers of a step whose evaluation a signal cut short;
+    "summary" is that of the last step.
     done: the last optimizer step that was finished; saved: the last one that is on disk.
     """
 
@@ -209,6 +230,7 @@ class Run:
             self.folder.append("metrics.jsonl", {"step": 0, **evaluation_row(before)})
             self.print(pace_of_sampling(before, self.config))
         trainer.skipped = self.state["skipped"]
+        self.summary = self.state.get("summary", {})
         self.done = self.state["step"]
         self.first_step = self.done + 1  # of this start of the run
         self.bar = tqdm(
@@ -258,7 +280,8 @@ class Run:
             metrics |= evaluation_row(after)
             before = {**self.state["before"], "entropy": self.state["first_entropy"]}
             after["entropy"] = metrics["entropy"]
-            self.summary |= {"before": before, "after": after, "seconds": self.seconds()}
+            self.summary = {"before": before, "after": after, "seconds": self.seconds()}
+            self.state["summary"] = self.summary
         elif step % config.eval_every == 0:
             metrics["eval_plain"] = trainer.evaluate(held_out)["accuracy"]
             percent = 100 * metrics["eval_plain"]

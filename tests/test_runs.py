@@ -3,6 +3,7 @@
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,53 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monke
     assert {path: path.read_bytes() for path in before} == before
     names = [path.name for path in sorted((finished / "checkpoints").iterdir())]
     assert names == ["step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_ends_the_run_at_a_log(finished, monkeypatch):
+    """Here the log cannot be opened, in the place of a disk without room."""
+    (finished / "responses.jsonl").unlink()
+    (finished / "responses.jsonl").mkdir()
+    monkeypatch.setattr(runs, "cut_log", lambda log, step: None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(AGAIN))
+    assert stop.value.code.startswith("cannot write runs/t/responses.jsonl: ")
+    assert "\n" not in stop.value.code
+
+
+def test_a_run_that_could_not_write_its_model_writes_it_when_resumed(tmp_path, monkeypatch, capsys):
+    """The model and the summary are those of the run that could; nothing is trained again."""
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--name", "t"])
+    finished = tmp_path / "runs" / "t"
+    expected = (finished / "model" / "model.safetensors").read_bytes()
+    log = (finished / "metrics.jsonl").read_bytes()
+    before = table_of(capsys.readouterr().out)
+    shutil.rmtree(finished / "model")
+
+    def full(self, folder, **_):
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", "runs/t"])
+    assert "cannot write the model runs/t/model: [Errno 28] No space left" in stop.value.code
+    assert "python train.py --resume runs/t" in stop.value.code
+    assert not (finished / "model.part").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(train.Trainer, "score", lambda *_: pytest.fail("a step"))
+    train.main(["--resume", "runs/t"])
+    assert (finished / "model" / "model.safetensors").read_bytes() == expected
+    assert (finished / "metrics.jsonl").read_bytes() == log
+    assert table_of(capsys.readouterr().out) == before
+
+
+def table_of(out):
+    """The lines of a run's summary that hold its numbers."""
+    lines = out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.split() == ["before", "after"])
+    return lines[start : start + 5]
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch, capsys):
