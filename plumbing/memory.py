@@ -297,7 +297,7 @@ def plan(config: TrainConfig, gpus: int, bf16: bool) -> dict[str, float]:
         "bf16 copies": copies,
         "activations": largest_micro_batch(model, config, bf16),
         "logits, head": scores_bytes(
-            config.micro_tokens,
+            most_scored_tokens(config),
             text.hidden_size,
             text.vocab_size,
             k=config.jsd_k,
@@ -349,9 +349,10 @@ def micro_batch_shapes(config: TrainConfig) -> list[MicroBatch]:
     """Micro-batches that fill --micro-tokens, from short to long prompts and responses.
 
     One prompt has --group-size responses; with gradient checkpointing each response has a prompt of
-    its own.
+    its own. No micro-batch has more prompts than a step.
     """
     group = 1 if config.gradient_checkpointing else config.group_size
+    most_prompts = config.questions * config.group_size // group
     shapes = []
     for prompt_length in _lengths(min(config.max_prompt, config.micro_tokens - 1)):
         for response_length in _lengths(config.max_new_tokens):
@@ -360,8 +361,15 @@ def micro_batch_shapes(config: TrainConfig) -> list[MicroBatch]:
             if responses < 1:
                 continue
             prompts = config.micro_tokens // (prompt_length + responses * response_length)
+            prompts = min(prompts, most_prompts)
             shapes.append(MicroBatch(prompts, prompt_length, prompts * responses, response_length))
     return shapes or [MicroBatch(1, 1, 1, 1)]
+
+
+def most_scored_tokens(config: TrainConfig) -> int:
+    """The most response tokens of a micro-batch: --micro-tokens, or one longer response alone."""
+    of_a_step = config.questions * config.group_size * config.max_new_tokens
+    return max(config.max_new_tokens, min(config.micro_tokens, of_a_step))
 
 
 def _lengths(longest: int) -> list[int]:

@@ -446,6 +446,28 @@ def test_plan_takes_the_settings_that_bound_memory():
     assert plan(config, 1, bf16=True)["activations"] < parts["activations"]
 
 
+@pytest.mark.parametrize(
+    "limit, longest, scored",
+    [(100, 40, 100), (20, 40, 40), (10**6, 40, 2 * 3 * 40)],
+    ids=["a full micro-batch", "one longer response", "all of the step's"],
+)
+def test_plan_of_the_head_counts_the_tokens_that_meet_it(limit, longest, scored):
+    config = TrainConfig(micro_tokens=limit, max_new_tokens=longest, questions=2, group_size=3)
+    parts = plan(config, 1, bf16=False)
+    scores = {"k": config.jsd_k, "logits_mb": config.logits_mb}
+    assert parts["logits, head"] * GIB == scores_bytes(scored, 128, 100, **scores)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_no_micro_batch_of_the_plan_is_larger_than_a_step(recomputed):
+    step = {"questions": 2, "group_size": 3, "max_prompt": 50, "max_new_tokens": 40}
+    config = TrainConfig(**step, gradient_checkpointing=recomputed, micro_tokens=10**6)
+    whole = dataclasses.replace(
+        config, micro_tokens=6 * (50 + 40) if recomputed else 2 * 50 + 6 * 40
+    )
+    assert plan(config, 1, bf16=True)["activations"] == plan(whole, 1, bf16=True)["activations"]
+
+
 def test_no_micro_batch_takes_more_than_the_plan_s(base):
     config = TrainConfig(micro_tokens=400, max_prompt=200, max_new_tokens=150, group_size=8)
     predicted = largest_micro_batch(base[0], config, True)
