@@ -232,12 +232,16 @@ def prefill(model, prompts: dict[str, Tensor], prompt_of: Tensor):
 
     TRAP: with a cache, position ids must be given: left alone, the model counts an image's tokens
     one by one, and no error says so. rope_deltas is state that the last prefill left on the model,
-    so read it at once. After a batch of text alone it is stale.
+    so read it at once. After a batch of text alone it is stale; and there the model would count
+    padding too, so that a short prompt stands too near its response.
     """
     cache = CastingCache(config=model.config.get_text_config())
-    out = model.model(**prompts, past_key_values=cache, use_cache=True)
     attended = prompts["attention_mask"]
-    has_images = "pixel_values" in prompts
+    has_images, places = "pixel_values" in prompts, {}
+    if not has_images:
+        counted = (attended.cumsum(1) - 1).clamp(min=0)
+        places = {"position_ids": counted.expand(3, -1, -1)}  # time, height, width: (3, U, P)
+    out = model.model(**prompts, **places, past_key_values=cache, use_cache=True)
     deltas = model.model.rope_deltas if has_images else torch.zeros_like(attended[:, :1])
     for layer in cache.layers:
         layer.keys = repeat_rows(layer.keys, prompt_of)

@@ -259,7 +259,8 @@ def check_lengths(trainer: Trainer, groups: list[list[Response]], table: Table) 
         row["truncated"] <= 0.25,
         f"{100 * row['truncated']:.0f} % of {count} cut off at --max-new-tokens "
         f"{config.max_new_tokens}",
-        "raise --max-new-tokens, or --mask-truncated",
+        "raise --max-new-tokens, or --mask-truncated; if all are cut off, does the model's "
+        "generation_config.json name the token that ends a turn?",
     )
     table.lines.append(
         f"     sampled: {100 * row['accuracy']:.0f} % right, {100 * row['all_failed']:.0f} % in "

@@ -171,6 +171,20 @@ def test_response_states_are_those_of_each_response_alone(base):
 
 
 @torch.no_grad()
+def test_texts_of_different_lengths_do_not_count_each_other_s_padding(tiny):
+    """A batch without any image: each response as in one plain forward pass over it alone."""
+    model, processor = tiny
+    texts = ["How many?", "How many points are in the star row plus the ring column?"]
+    prompts = student_prompts(processor, [Question(t, t, "1", images=[]) for t in texts])
+    lengths = [len(prompt.ids) for prompt in prompts]
+    assert lengths[1] - lengths[0] > 5
+    states = response_states(model, collate(prompts, RESPONSES[:2], 0))
+    for row, prompt, response in zip(states, prompts, RESPONSES, strict=False):
+        alone = states_alone(model, prompt, response)
+        torch.testing.assert_close(row[: len(response)], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_text_only_after_images_does_not_use_stale_positions(base):
     model, processor = base
     with_image, _, text, _ = student_prompts(processor, mixed_questions())
