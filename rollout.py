@@ -194,19 +194,22 @@ def collate(
 
     TRAP: the mask comes from the responses' lengths, never from `ids == pad`: EOS must be trained,
     and in some models it is the pad token.
+
+    TRAP: T is at least 2. Responses of one token alone would take one forward pass where others
+    take two (response_states), and sharded processes must run the same number.
     """
     if one_prompt_per_response:
         distinct, prompt_of = prompts, torch.arange(len(prompts))
     else:
         distinct, prompt_of = distinct_prompts(prompts)
-    longest = max(len(response) for response in responses)
+    lengths = [len(response) for response in responses]
+    longest = max(2, *lengths)
     padded = [response + [pad_id] * (longest - len(response)) for response in responses]
-    lengths = torch.tensor([len(response) for response in responses], device=device)
     return Batch(
         prompts=pad_prompts(distinct, pad_id, device),
         prompt_of=prompt_of.to(device),
         ids=torch.tensor(padded, device=device),
-        mask=torch.arange(longest, device=device) < lengths.unsqueeze(1),
+        mask=torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None],
         one_prompt_per_response=one_prompt_per_response,
     )
 
@@ -271,10 +274,7 @@ def response_states(model, batch: Batch) -> Tensor:
         states = model.model(**inputs, use_cache=False).last_hidden_state
         return states[:, -batch.ids.shape[1] :]
     state, cache, attended, start = prefill(model, batch.prompts, batch.prompt_of)
-    later_tokens = batch.ids.shape[1] - 1
-    if later_tokens == 0:
-        return state
-    positions = start + torch.arange(later_tokens, device=start.device)
+    positions = start + torch.arange(batch.ids.shape[1] - 1, device=start.device)
     out = model.model(
         input_ids=batch.ids[:, :-1],
         attention_mask=torch.cat([attended, response_mask], 1),

@@ -131,7 +131,8 @@ def score_gaps(trainer: Trainer, responses: list[Response]) -> dict[str, float]:
     trainer.student.eval()  # TRAP: in training mode, gradient checkpointing allows no cache
     batch, views = trainer.collate(responses), teacher_views(trainer, responses)
     together = trainer.student_scores(batch)[0][batch.mask]
-    alone = [trainer.student_scores(trainer.collate([r]))[0][0] for r in responses]
+    batches_of_one = [trainer.collate([response]) for response in responses]
+    alone = [trainer.student_scores(one)[0][one.mask] for one in batches_of_one]
     head, ids = trainer.reference.head, batch.ids[batch.mask]
     settings = {"k": trainer.config.jsd_k, **trainer.scoring}
     with trainer.accelerator.autocast():

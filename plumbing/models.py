@@ -104,6 +104,8 @@ def build(config: TrainConfig, accelerator: Accelerator):
         reference = LoraReference(student)
     else:
         reference = _load(config.model, half, accelerator).eval().requires_grad_(False)
+        if not sharded:
+            _float_head_norms(reference.model)
     if frozen_tower(config):
         take_features(student.model)
         if not config.lora:
@@ -170,6 +172,18 @@ def _tied_head(path: str) -> dict[str, bool]:
     inner = saved.get("text_config") or {}
     lifted = inner.get("tie_word_embeddings") and "tie_word_embeddings" not in saved
     return {"tie_word_embeddings": True} if lifted else {}
+
+
+def _float_head_norms(model) -> None:
+    """Make the weights of Qwen3-VL's norms of queries and keys float32; the others have none.
+
+    TRAP: these norms read bfloat16. A float32 weight makes their output float32, a bfloat16 one
+    rounds it, so the reference would not start equal to a student with float32 masters. Sharded,
+    the student's are gathered in bfloat16 as well.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data = parameter.data.float()
 
 
 def _named(problem: str, keys: set[str], shown: int = 3) -> str:

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import hub
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -12,11 +13,15 @@ from conftest import ROOT, assert_close, logged
 from transformers import AutoModelForImageTextToText
 
 import train
+from rollout import collate, encode_prompts, student_messages
+from toy import world
 
 SCRIPT = str(ROOT / "tests" / "two_processes.py")
 OPTIONS = shlex.split(
     "--questions 6 --group-size 4 --eval-questions 5 --eval-every 1 --save-every 1 --lr 1e-4"
 )
+
+SHORT = shlex.split("--group-size 2 --eval-questions 1 --eval-every 9 --name equal")
 
 
 def run_script(folder, processes, *args):
@@ -131,6 +136,35 @@ def test_fsdp_bf16_trains_as_one_process_does(tmp_path, monkeypatch, any_precisi
     assert first_step["ratio_max"] < 2e-6, "old log-probs are scored as the update scores"
     run_script(tmp_path, 1, "train", "--resume", "runs/sharded", "--steps", "4")
     assert [row["step"] for row in logged(tmp_path / "runs" / "sharded")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", hub.KINDS)
+def test_bf16_starts_with_equal_student_and_reference(kind, tmp_path, monkeypatch, any_precision):
+    """The reference's weights are bfloat16, the student's float32; all weights differ from 1."""
+    monkeypatch.chdir(tmp_path)
+    hub.write_checkpoint(tmp_path, kind)
+    options = ["--precision", "bf16", "--beta-kl", "0.1", "--steps", "1", "--updates", "1"]
+    train.main(["--model", ".", *options, "--questions", "2", "--max-new-tokens", "12", *SHORT])
+    assert 0 <= logged(tmp_path / "runs" / "equal")[1]["kl"] < 1e-10
+
+
+def test_responses_of_one_token_take_as_many_passes_as_others(base):
+    """Sharded, each pass gathers weights: with fewer of them a process leaves the others behind."""
+    model, processor = base
+    question = world.to_question(world.make_puzzle("tune", 0))
+    [prompt] = encode_prompts(processor, [question], [student_messages(question)])
+    passes = []
+    hook = model.model.register_forward_hook(lambda *call: passes.append(1))
+    counts, logp = [], []
+    for responses in ([[9], [12]], [[9], [12, 13, 14]]):
+        batch = collate([prompt, prompt], responses, processor.tokenizer.pad_token_id)
+        with torch.no_grad():
+            logp.append(train.token_scores(model, batch)[0][:, 0])
+        counts.append(len(passes))
+        passes.clear()
+    hook.remove()
+    assert counts[0] == counts[1]
+    assert torch.allclose(*logp, atol=1e-5)
 
 
 def test_fsdp_check_in_bf16_passes(tmp_path):
