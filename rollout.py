@@ -9,7 +9,7 @@ hours.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing.answers import extract_answer, same_answer
-from plumbing.decoding import CastingCache, decode, generate_by_transformers, uniforms
+from plumbing.decoding import CastingCache, Prefilled, Slots, uniforms
 from plumbing.images import image_tokens_expanded, patches_of_questions
 from plumbing.memory import sequence_bytes
 
@@ -324,77 +324,86 @@ def sample_groups(
     top_k: int = 0,
     keys: list[str] | None = None,
     sample_mb: float = 4096,
-    generate: str = "own",
     watch: Callable | None = None,
 ) -> list[list[Response]]:
     """`group_size` responses to each prompt (Eq. 6); temperature 0 is greedy.
 
-    Each prompt runs once, and the responses that decode together continue from it. EOS is kept.
-    keys: one text per prompt that seeds its draws (default: the question's id), so that batches and
-    processes do not change what is drawn. sample_mb: MiB for the sequences that decode together.
-    Where memory runs out all the same, their number is halved, once, with a message. generate:
-    "own", or "hf" for model.generate, which draws from torch's global random state. watch: called
-    every few tokens, see plumbing.decoding.decode. The model's training mode is restored.
+    Each prompt runs once. Its G responses decode from there, in slots beside those to other
+    prompts; where a response has ended, the next one begins. EOS is kept. keys: one text per prompt
+    that seeds its draws (default: the question's id), so that slots, order and processes do not
+    change what is drawn. sample_mb: MiB for the slots. Where memory runs out all the same, their
+    number is halved, once, with a message. watch: called every few tokens, see
+    plumbing.decoding.Slots.decode. The model's training mode is restored.
     """
     keys = keys or [prompt.question.id for prompt in prompts]
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "watch": watch}
     tokenizer = processor.tokenizer
     eos, banned = eos_tokens(model, tokenizer), banned_tokens(model, tokenizer)
-    special = eos, banned, tokenizer.pad_token_id
+    drawn: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
 
-    def respond(rows: list[tuple[int, int]]) -> list[tuple[list[int], list[float] | None]]:
-        row_prompts = [prompts[n] for n, _ in rows]
-        if generate == "hf":
-            inputs = pad_prompts(row_prompts, tokenizer.pad_token_id, model.device)
-            return generate_by_transformers(model, inputs, *special, max_new_tokens, **settings)
-        distinct, prompt_of = distinct_prompts(row_prompts)
-        inputs = pad_prompts(distinct, tokenizer.pad_token_id, model.device)
-        prefilled = prefill(model, inputs, prompt_of.to(model.device))
-        noise = None
-        if temperature > 0:
-            noise = uniforms([f"{keys[n]}-{g}" for n, g in rows], max_new_tokens)
-        return decode(model, prefilled, noise, *special, max_new_tokens, **settings)
+    def prefilled(slots: int) -> Iterator[Prefilled]:
+        """The prompts, run together with others of their length, so that none is padded."""
+        for part in equal_lengths(prompts, max(1, slots // group_size)):
+            rows = [(n, g) for n in part for g in range(group_size) if (n, g) not in drawn]
+            inputs = pad_prompts([prompts[n] for n in part], tokenizer.pad_token_id, model.device)
+            state, cache, _, first = prefill(
+                model, inputs, torch.arange(len(part)).to(model.device)
+            )
+            prompt_of = torch.tensor([part.index(n) for n, _ in rows])
+            noise = None
+            if temperature > 0:
+                noise = uniforms([f"{keys[n]}-{g}" for n, g in rows], max_new_tokens)
+            yield Prefilled(rows, prompt_of, state[:, 0], cache.layers, first[:, 0], noise)
 
-    rows = [(n, g) for n in range(len(prompts)) for g in range(group_size)]
-    rows.sort(key=lambda row: len(prompts[row[0]].ids))  # like lengths together: less padding
-    longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_new_tokens
-    at_once = max(1, int(sample_mb * 2**20) // sequence_bytes(model, longest))
-    training = model.training
-    model.eval()
-    responses = dict(zip(rows, respond_in_parts(respond, rows, at_once), strict=True))
-    model.train(training)
+    def decode(count: int) -> None:
+        slots = Slots(model, count, longest, max_new_tokens, eos, banned)
+        settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        for row, ids, logp in slots.decode(prefilled(count), watch, **settings):
+            drawn[row] = ids, logp
 
     def finished(n: int, g: int) -> Response:
-        ids, logp = responses[n, g]
+        ids, logp = drawn[n, g]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return Response(prompts[n], ids, text, truncated=ids[-1] not in eos, logp=logp)
 
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    slots = int(sample_mb * 2**20) // sequence_bytes(model, longest + max_new_tokens)
+    training = model.training
+    model.eval()
+    halve_where_memory_ends(decode, max(1, min(slots, len(prompts) * group_size)))
+    model.train(training)
     return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
 
 
-def respond_in_parts(respond, rows: list, at_once: int) -> list:
-    """respond(part) for `at_once` rows at a time; half as many, once, where memory runs out."""
-    results, halved = [], False
-    while len(results) < len(rows):
-        part = rows[len(results) : len(results) + at_once]
-        results_of_part = None
-        try:
-            results_of_part = respond(part)
-        except torch.OutOfMemoryError:
-            if halved or len(part) == 1:
-                raise
-        if results_of_part is None:
-            # after the except clause, as the traceback holds the tensors as long as it lasts
-            halved, at_once = True, len(part) // 2
-            print(
-                f"out of memory decoding {len(part)} sequences together; going on with {at_once} "
-                "(--sample-mb sets this)",
-                file=sys.stderr,
-            )
-            torch.cuda.empty_cache()
-        else:
-            results += results_of_part
-    return results
+PREFILL_TOKENS = 4096  # of prompts that run together
+
+
+def equal_lengths(prompts: list[Prompt], at_most: int) -> Iterator[list[int]]:
+    """Numbers of prompts with the same length, at most so many together; the shortest first."""
+    by_length: dict[int, list[int]] = {}
+    for n, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.ids), []).append(n)
+    for length in sorted(by_length):
+        count = max(1, min(at_most, PREFILL_TOKENS // length))
+        numbers = by_length[length]
+        for start in range(0, len(numbers), count):
+            yield numbers[start : start + count]
+
+
+def halve_where_memory_ends(decode: Callable[[int], None], slots: int) -> None:
+    """decode(slots); where memory runs out, once more with half as many, for what is left."""
+    try:
+        return decode(slots)
+    except torch.OutOfMemoryError:
+        if slots == 1:
+            raise
+    # after the except clause, as the traceback holds the tensors as long as it lasts
+    print(
+        f"out of memory with {slots} responses decoding together; going on with {slots // 2} "
+        "(--sample-mb sets this)",
+        file=sys.stderr,
+    )
+    torch.cuda.empty_cache()
+    decode(slots // 2)
 
 
 # ------------------------------------------------------------------------- verification and reward

@@ -384,6 +384,7 @@ def train(trainer: Trainer, stream, held_out: list[Question], run: runs.Run) -> 
             trainer.assign(groups)  # 4: which failed responses are tutored
             trainer.ahead.start(stream, run.questions_of_rollout(step + config.updates))
             statistics = runs.rollout_statistics(groups, config)
+            statistics |= runs.sampling_row(trainer.looks)
             run.folder.append("responses.jsonl", runs.group_row(step, groups[0]))
         sampled = time.time()
         groups_of_step, groups = runs.split(groups, config.questions // processes)

@@ -195,8 +195,7 @@ def _expect_equal_scores(table: Table, ratio: float, gaps: dict[str, float]) -> 
         ),
         "the scorer agrees with the sampler": (
             gaps.get("sampler", 0.0),
-            "positions or masks differ between decoding and scoring; try --generate hf, and report "
-            "the model's class",
+            "positions or masks differ between decoding and scoring; report the model's class",
         ),
         "padding changes nothing": (
             gaps["padding"],

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plumbing.answers import same_answer
+from plumbing.decoding import Look
 from plumbing.images import QuestionsAhead, encode_images
 from plumbing.memory import batch_tokens, free_bytes, micro_batches, sample_budget_mb
 from plumbing.models import frozen_tower, recompute_layers, weights_whole
@@ -58,6 +59,7 @@ class Engine:
             "logits_mb": config.logits_mb,
         }
         self.ahead = QuestionsAhead(processor)
+        self.looks: list[Look] = []  # of the sampler, in the last rollout or evaluation
         self.halved = False  # memory has run out once in an update
         self.update_peak = 0  # bytes of a GPU, the largest of all updates
         self.skipped = 0  # steps without an update, as their gradient was not finite
@@ -72,8 +74,11 @@ class Engine:
         config = self.config
         bar = ResponseBar(len(prompts) * group_size, self.accelerator.is_main_process)
 
-        def watch(tokens: int, lengths: list[int]) -> None:
-            bar.update(tokens, lengths)
+        self.looks = []
+
+        def watch(look: Look) -> None:
+            self.looks.append(look)
+            bar.update(look.tokens, look.lengths)
             if self.signals.number:
                 raise Stopped(self.signals.number)
 
@@ -96,7 +101,6 @@ class Engine:
                     group_size,
                     max_new_tokens=config.max_new_tokens,
                     sample_mb=sample_mb,
-                    generate=config.generate,
                     watch=watch,
                     **settings,
                 )
@@ -305,7 +309,7 @@ def monitors(responses: list[Response], logp: Tensor, old_logp: Tensor, mask: Te
     """Two numbers that should be near 0, (2,): ratio_max and sampler_gap.
 
     The largest |ratio - 1|, and the largest difference of a token's log-prob between scorer and
-    sampler at the time of sampling (0 from model.generate, which gives none).
+    sampler at the time of sampling.
     """
     sampler_logp = old_logp
     if responses[0].logp is not None:

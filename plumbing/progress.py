@@ -17,7 +17,7 @@ class ResponseBar:
 
     def __init__(self, total: int, active: bool):
         interval = 0.5 if sys.stderr.isatty() else 60
-        self.tokens, self.ended_tokens, self.began = 0, 0, time.time()
+        self.tokens, self.ended_tokens, self.longest, self.began = 0, 0, 0, time.time()
         self.bar = tqdm(
             total=total,
             disable=not active,
@@ -36,15 +36,17 @@ class ResponseBar:
     def __exit__(self, *_):
         self.bar.close()
 
-    def update(self, tokens: int, lengths: list[int]) -> None:
+    def update(self, tokens: int, lengths: tuple[int, ...]) -> None:
         """tokens drawn since the last call, lengths of the responses that ended since."""
         self.tokens += tokens
         self.ended_tokens += sum(lengths)
+        self.longest = max(self.longest, *lengths, 0)
         # memory that ran out makes the sampler begin some responses anew
         ended = min(self.bar.n + len(lengths), self.bar.total)
         pace = self.tokens / max(1e-9, time.time() - self.began)
         mean = self.ended_tokens / max(1, ended)
-        self.bar.set_postfix_str(f"{mean:.0f} tokens each, {pace:.0f} tokens/s", refresh=False)
+        lengths_so_far = f"{mean:.0f} tokens each, longest {self.longest}"
+        self.bar.set_postfix_str(f"{lengths_so_far}, {pace:.0f} tokens/s", refresh=False)
         self.bar.update(ended - self.bar.n)
 
 

@@ -26,6 +26,7 @@ from plumbing.progress import pace_of_sampling, pace_of_steps
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
+    from plumbing.decoding import Look
     from plumbing.stopping import Stopped
     from rollout import Question, Response
     from train import TrainConfig, Trainer
@@ -460,6 +461,22 @@ def rollout_statistics(groups: list[list[Response]], config: TrainConfig) -> dic
         "truncated": sum(response.truncated for response in responses),
     }
     return {name: float(value) / len(responses) for name, value in sums.items()}
+
+
+def sampling_row(looks: list[Look]) -> dict[str, float]:
+    """What the log says of the sampler of one process, by its looks.
+
+    busy_slots: the share of slot steps that drew a token of a response.
+    """
+    tokens = sum(look.tokens for look in looks)
+    prefill = sum(look.prefill_seconds for look in looks)
+    decode = sum(look.decode_seconds for look in looks)
+    return {
+        "tokens_per_second": tokens / (prefill + decode),
+        "busy_slots": tokens / sum(look.slot_steps for look in looks),
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+    }
 
 
 def group_row(step: int, group: list[Response]) -> dict:

@@ -149,12 +149,6 @@ class RunConfig:
     precision: str = option(
         "auto", "no, bf16, or auto: bf16 on a GPU", choices=("auto", "no", "bf16")
     )
-    generate: str = option(
-        "own",
-        "own sampler, or hf: model.generate, which is slower, and whose draws depend on batches "
-        "and processes",
-        choices=("own", "hf"),
-    )
     micro_tokens: int = option(
         4096,
         "tokens in one forward pass, per process: prompts, once for all their responses, "

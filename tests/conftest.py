@@ -76,14 +76,14 @@ VISION_TOWERS = {
 KINDS = tuple(VISION_TOWERS)
 
 
-def make_tiny(kind: str, processor):
+def make_tiny(kind: str, processor, **text_settings):
     """A random model of one of the three real classes, made from a config, for the processor."""
     import transformers
 
     token_id = processor.tokenizer.convert_tokens_to_ids
     ends = dict(eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>"))
     text = {**LANGUAGE_MODEL, **ends, "bos_token_id": None, "rope_parameters": ROPE}
-    text["vocab_size"] = len(processor.tokenizer)
+    text |= {"vocab_size": len(processor.tokenizer), **text_settings}
     if kind == "Qwen3VL":
         text |= {"head_dim": 12, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
     config = getattr(transformers, f"{kind}Config")(
@@ -120,6 +120,24 @@ def plain_logits(model, prompt, ids, banned):
         image_grid_thw=prompt.grid,
     ).logits[0, len(prompt.ids) - 1 : -1]
     return logits.index_fill(-1, torch.as_tensor(banned), -torch.inf)
+
+
+def greedy_of_transformers(model, processor, prompt, new_tokens):
+    """Greedy ids by model.generate, from one prompt alone; the banned tokens are suppressed."""
+    from rollout import banned_tokens
+
+    images = {"pixel_values": prompt.pixels, "image_grid_thw": prompt.grid}
+    out = model.generate(
+        input_ids=prompt.ids[None],
+        attention_mask=torch.ones_like(prompt.ids)[None],
+        mm_token_type_ids=prompt.types[None],
+        **({} if prompt.pixels is None else images),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        suppress_tokens=banned_tokens(model, processor.tokenizer),
+    )
+    return out[0, len(prompt.ids) :].tolist()
 
 
 # ------------------------------------------------------------------------------------------ trainer
@@ -179,10 +197,10 @@ def write_jsonl(path, rows):
 
 
 def logged(run):
-    """metrics.jsonl without the seconds; no rows where there is no file yet."""
+    """metrics.jsonl without the times; no rows where there is no file yet."""
     path = run / "metrics.jsonl"
     rows = read_jsonl(path) if path.exists() else []
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 def spy(monkeypatch, module, name, note):

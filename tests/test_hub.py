@@ -274,15 +274,14 @@ def test_it_writes_hints(checkpoint, questions, source, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize("generate", ["own", "hf"])
-def test_both_ends_of_the_file_end_a_response(checkpoints, questions, generate):
+def test_both_ends_of_the_file_end_a_response(checkpoints, questions):
     """A model to which all tokens are equally likely."""
     folder, _ = checkpoints["Qwen2_5_VL"]
     model, processor = load_model(str(folder), torch.float32), load_processor(str(folder))
     model.get_output_embeddings().weight.data.zero_()
     torch.manual_seed(0)
     prompts = prompts_of(processor, questions)
-    groups = sample_groups(model, processor, prompts, 8, max_new_tokens=120, generate=generate)
+    groups = sample_groups(model, processor, prompts, 8, max_new_tokens=120)
     responses = [response for group in groups for response in group]
     ends = {hub.ID["<|im_end|>"], hub.ID["<|endoftext|>"]}
     assert all(not ends & set(response.ids[:-1]) for response in responses)
@@ -290,7 +289,7 @@ def test_both_ends_of_the_file_end_a_response(checkpoints, questions, generate):
 
 
 def test_the_files_repetition_penalty_and_temperature_are_not_used(checkpoints, questions):
-    """model.generate draws what the seed draws from a model without generation settings."""
+    """Draws are those of a model without generation settings."""
     folder, _ = checkpoints["Qwen2_5_VL"]
     model, processor = load_model(str(folder), torch.float32), load_processor(str(folder))
     prompts = prompts_of(processor, questions)
@@ -298,8 +297,7 @@ def test_the_files_repetition_penalty_and_temperature_are_not_used(checkpoints, 
     model.generation_config.repetition_penalty = 50.0  # so that it would show
 
     def drawn():
-        torch.manual_seed(0)
-        groups = sample_groups(model, processor, prompts, 2, max_new_tokens=16, generate="hf")
+        groups = sample_groups(model, processor, prompts, 2, max_new_tokens=16)
         return [response.ids for group in groups for response in group]
 
     with_file = drawn()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import greedy_of_transformers
 from transformers import GenerationConfig
 
-import rollout
 from losses import scores_from_hidden
+from plumbing.decoding import Slots
 from plumbing.memory import sequence_bytes
 from rollout import (
     FORMAT_PROMPT,
@@ -15,9 +16,9 @@ from rollout import (
     collate,
     encode_prompts,
     eos_tokens,
+    halve_where_memory_ends,
     pad_prompts,
     prefill,
-    respond_in_parts,
     response_states,
     reward,
     sample_groups,
@@ -213,6 +214,11 @@ def respond(base, questions, group_size, **settings):
     return sample_groups(*base, prompts, group_size, max_new_tokens=40, **settings)
 
 
+def slots_mb(base, slots):
+    """--sample-mb for so many slots, where the longest prompt has 60 tokens or a little more."""
+    return (slots + 0.5) * sequence_bytes(base[0], 100) / 2**20
+
+
 def ids_of(groups):
     return [[response.ids for response in group] for group in groups]
 
@@ -283,47 +289,44 @@ def test_sampled_responses_end_with_eos_and_hold_no_banned_token(base):
 
 @pytest.mark.parametrize("places", [[0], [1], [2], [0, 3], [0, 1, 2, 3]])
 def test_greedy_equals_generate_for_each_class(tiny, places):
-    """Alone, and together in one left-padded batch, against each question's model.generate."""
+    """In slots of their own, beside other prompts, against each question's model.generate."""
     model, processor = tiny
     questions = [mixed_questions()[place] for place in places]
     groups = respond(tiny, questions, 2, temperature=0.0)
-    banned = banned_tokens(model, processor.tokenizer)
     for prompt, group in zip(student_prompts(processor, questions), groups, strict=True):
-        inputs = pad_prompts([prompt], processor.tokenizer.pad_token_id)
-        out = model.generate(**inputs, max_new_tokens=40, do_sample=False, suppress_tokens=banned)
-        plain = out[0, len(prompt.ids) :].tolist()
+        plain = greedy_of_transformers(model, processor, prompt, 40)
         assert len(set(plain)) > 3, "a constant output would prove little"
         assert [response.ids for response in group] == [plain, plain]
 
 
 def test_greedy_of_the_embedded_model_equals_generate(base):
-    """Responses of many lengths: rows leave the batch as they end."""
+    """Responses of many lengths, in fewer slots than responses."""
     questions = world.puzzles("heldout", 12)
-    own = respond(base, questions, 1, temperature=0.0)
-    plain = respond(base, questions, 1, temperature=0.0, generate="hf")
-    assert ids_of(own) == ids_of(plain)
+    own = respond(base, questions, 1, temperature=0.0, sample_mb=slots_mb(base, 5))
+    prompts = student_prompts(base[1], questions)
+    assert ids_of(own) == [[greedy_of_transformers(*base, prompt, 40)] for prompt in prompts]
     assert len({len(response.ids) for [response] in own}) > 1
     assert not any(response.truncated for [response] in own)
-    assert plain[0][0].logp is None
 
 
-def test_rows_that_have_ended_leave_the_batch(base, monkeypatch):
-    questions, sizes = world.puzzles("heldout", 12), []
+def test_each_prompt_runs_once_and_rows_that_have_ended_are_refilled(base, monkeypatch):
+    questions, sizes, looks = world.puzzles("heldout", 12), [], []
     forward = base[0].model.forward
 
     def counted(*args, **inputs):
         sizes.append(len(inputs["input_ids"]))
+        assert inputs["attention_mask"].all(), "prompts of one length: none is padded"
         return forward(*args, **inputs)
 
     monkeypatch.setattr(base[0].model, "forward", counted)
-    groups = respond(base, questions, 3, temperature=1.5)
+    settings = {"temperature": 1.5, "sample_mb": slots_mb(base, 8), "watch": looks.append}
+    groups = respond(base, questions, 3, **settings)
+    assert sum(sizes) == 12
     lengths = [len(ids) for group in ids_of(groups) for ids in group]
-    assert sizes[:2] == [12, 36], "each prompt runs once, then its three responses"
-    for t, rows in enumerate(sizes[2:], 2):
-        alive = sum(length > t for length in lengths)
-        assert alive <= rows <= max(alive / 0.75, 1), "at most a quarter of the rows is idle"
-    assert len(sizes) == max(lengths)
-    assert sizes[-1] < 36
+    paid = sum(look.slot_steps for look in looks)
+    assert sum(lengths) >= 0.9 * paid
+    rounds = [max(lengths[start : start + 8]) for start in range(0, 36, 8)]
+    assert sum(lengths) < 0.8 * 8 * sum(rounds), "in lock-step rounds more slots would be idle"
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 1.5}])
@@ -335,9 +338,10 @@ def test_draws_depend_on_the_key_alone(base, settings):
         return ids_of(respond(base, asked, group_size, **settings, **more))
 
     together = ids(questions)
-    sequence_mb = sequence_bytes(base[0], 100) / 2**20
     torch.manual_seed(99)
-    assert ids(questions, sample_mb=3 * sequence_mb) == together
+    for slots in (1, 3):
+        assert ids(questions, sample_mb=slots_mb(base, slots)) == together
+    assert ids(questions[::-1]) == together[::-1]
     assert ids(questions[2:4]) == together[2:4]
     assert ids(questions, group_size=2) == [group[:2] for group in together]
     keys = [f"again {i}" for i in range(5)]
@@ -395,69 +399,49 @@ def test_the_model_s_own_generation_settings_do_not_leak_in(base, monkeypatch):
         temperature=0.01,
     )
     monkeypatch.setattr(model, "generation_config", strange)
-    for generate in ("own", "hf"):
-        torch.manual_seed(1)
-        greedy = respond(base, questions, 1, temperature=0.0, generate=generate)
-        assert ids_of(greedy) == before
-        [group] = ids_of(respond(base, questions[:1], 8, generate=generate))
-        assert len(set(map(tuple, group))) > 1, "top_k = 1 would make them equal"
+    assert ids_of(respond(base, questions, 1, temperature=0.0)) == before
+    [group] = ids_of(respond(base, questions[:1], 8))
+    assert len(set(map(tuple, group))) > 1, "top_k = 1 would make them equal"
 
 
 # ----------------------------------------------------------------------------- when memory runs out
-def fragile(function, size_of, limit, sizes):
-    """`function`, which notes the size of each call, and runs out of memory above `limit`."""
-
-    def limited(*args, **settings):
-        sizes.append(size_of(*args))
-        if sizes[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return function(*args, **settings)
-
-    return limited
-
-
-def test_running_out_of_memory_halves_the_batch_once_and_loses_nothing(base, monkeypatch, capsys):
+@pytest.mark.parametrize("steps_before", [0, 12])
+def test_running_out_of_memory_halves_the_slots_once_and_loses_nothing(
+    base, monkeypatch, capsys, steps_before
+):
+    """steps_before: steps that go well; some responses have ended by then."""
     questions = world.puzzles("heldout", 3)
     whole = ids_of(respond(base, questions, 4))
-    decode, sizes = rollout.decode, []
+    step, counts = Slots.step, []
 
-    def row_count(model, prefilled, *args):
-        return len(prefilled[0])
+    def fragile(slots, window):
+        counts.append(len(slots.owners))
+        if counts[-1] > limit and len(counts) > steps_before:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(slots, window)
 
-    monkeypatch.setattr(rollout, "decode", fragile(decode, row_count, 8, sizes))
+    monkeypatch.setattr(Slots, "step", fragile)
+    limit = 6
     assert ids_of(respond(base, questions, 4)) == whole
-    assert sizes == [12, 6, 6]
-    message = "out of memory decoding 12 sequences together; going on with 6"
+    assert counts[: steps_before + 2] == [12] * (steps_before + 1) + [6]
+    message = "out of memory with 12 responses decoding together; going on with 6"
     assert message in capsys.readouterr().err
-    monkeypatch.setattr(rollout, "decode", fragile(decode, row_count, 4, sizes))
+    limit = 4
+    counts.clear()
     with pytest.raises(torch.OutOfMemoryError):
         respond(base, questions, 4)
 
 
-@pytest.mark.parametrize(
-    "at_once, limit, sizes",
-    [
-        (20, 20, [10]),
-        (4, 20, [4, 4, 2]),
-        (8, 4, [8, 4, 4, 2]),  # halved in the first part
-        (7, 7, [7, 3]),
-        (1, 1, [1] * 10),
-    ],
-)
-def test_rows_are_answered_in_parts_and_in_order(at_once, limit, sizes):
+def test_memory_that_ends_with_one_slot_is_an_error():
     asked = []
-    double = fragile(lambda rows: [2 * row for row in rows], len, limit, asked)
-    rows = list(range(10))
-    assert respond_in_parts(double, rows, at_once) == [2 * row for row in rows]
-    assert asked == sizes
 
+    def decode(slots):
+        asked.append(slots)
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-@pytest.mark.parametrize("at_once, limit, sizes", [(8, 3, [8, 4]), (1, 0, [1])])
-def test_memory_that_runs_out_again_is_an_error(at_once, limit, sizes):
-    asked = []
     with pytest.raises(torch.OutOfMemoryError):
-        respond_in_parts(fragile(list, len, limit, asked), list(range(10)), at_once)
-    assert asked == sizes
+        halve_where_memory_ends(decode, 1)
+    assert asked == [1]
 
 
 # -------------------------------------------------------------------------- verification and reward

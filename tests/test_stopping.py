@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import train
 from plumbing import command, engine, runs
-from plumbing.decoding import progress
 from plumbing.stopping import Stopped
 from rollout import encode_prompts, sample_groups, student_messages
 from toy import world
@@ -46,15 +45,15 @@ def signal_while_sampling(monkeypatch):
         def watched(*args, watch, **settings):
             calls.append(True)
 
-            def look(tokens, lengths):
+            def noted(look):
                 if later:
-                    later.append(tokens)
-                elif len(calls) == call and tokens:
-                    later.append(tokens)
+                    later.append(look.tokens)
+                elif len(calls) == call and look.tokens:
+                    later.append(look.tokens)
                     send(number)
-                watch(tokens, lengths)
+                watch(look)
 
-            return sample_groups(*args, watch=look, **settings)
+            return sample_groups(*args, watch=noted, **settings)
 
         monkeypatch.setattr(engine, "sample_groups", watched)
         return later
@@ -269,37 +268,29 @@ def sampled(base, **settings):
     return sample_groups(*base, prompts, 2, max_new_tokens=20, sample_mb=0.4, **settings)
 
 
-@pytest.mark.parametrize("generate", ["own", "hf"])
-def test_the_callback_learns_of_each_token_and_each_response_once(base, generate):
+def test_the_callback_learns_of_each_token_and_each_response_once(base):
     """Also where the sequences do not fit into memory together."""
     tokens, lengths = [], []
 
-    def watch(drawn, ended):
-        tokens.append(drawn)
-        lengths.extend(ended)
+    def watch(look):
+        tokens.append(look.tokens)
+        lengths.extend(look.lengths)
 
-    groups = sampled(base, generate=generate, watch=watch)
+    groups = sampled(base, watch=watch)
     drawn = [len(response.ids) for group in groups for response in group]
     assert sorted(lengths) == sorted(drawn)
     assert sum(tokens) == sum(drawn)
     assert len([number for number in tokens if number]) > 1
 
 
-@pytest.mark.parametrize("generate", ["own", "hf"])
-def test_an_exception_of_the_callback_ends_the_sampling(base, generate):
+def test_an_exception_of_the_callback_ends_the_sampling(base):
     looks = []
 
-    def watch(drawn, ended):
-        looks.append(drawn)
+    def watch(look):
+        looks.append(look)
         if len(looks) == 2:
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        sampled(base, generate=generate, watch=watch)
+        sampled(base, watch=watch)
     assert len(looks) == 2
-
-
-def test_progress_of_known_lengths():
-    assert progress([3, 9, 20], 0, 8) == (3 + 8 + 8, [3])
-    assert progress([3, 9, 20], 8, 16) == (1 + 8, [9])
-    assert progress([3, 9, 20], 16, 20) == (4, [20])
