@@ -19,7 +19,7 @@ from torch import Tensor
 from plumbing.answers import extract_answer, same_answer
 from plumbing.decoding import CastingCache, Prefilled, Slots, uniforms
 from plumbing.images import image_tokens_expanded, patches_of_questions
-from plumbing.memory import sequence_bytes
+from plumbing.memory import PREFILL_TOKENS, sequence_bytes
 
 FORMAT_PROMPT = "Put the final answer in \\boxed{}."  # ends the student's and the teacher's turn
 
@@ -372,9 +372,6 @@ def sample_groups(
     halve_where_memory_ends(decode, max(1, min(slots, len(prompts) * group_size)))
     model.train(training)
     return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
-
-
-PREFILL_TOKENS = 4096  # of prompts that run together
 
 
 def equal_lengths(prompts: list[Prompt], at_most: int) -> Iterator[list[int]]:

@@ -90,10 +90,9 @@ class Engine:
                     encode_images(model, prompts)
                 sample_mb = config.sample_mb
                 if not sample_mb:
-                    lengths = [len(prompt.ids) for prompt in prompts]
-                    size = (max(lengths, default=0), group_size, config.max_new_tokens)
+                    longest = max((len(prompt.ids) for prompt in prompts), default=0)
                     free = free_bytes(self.accelerator.device)
-                    sample_mb = sample_budget_mb(model, *size, free)
+                    sample_mb = sample_budget_mb(model, longest, free)
                 return sample_groups(
                     model,
                     self.processor,

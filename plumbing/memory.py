@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from losses import chunk_tokens
+from plumbing.decoding import product_dtype
 
 if TYPE_CHECKING:
     from rollout import Response
@@ -58,15 +59,23 @@ def scores_bytes(
     return max(forward, hidden_step, head_step)
 
 
-def sequence_bytes(model, length: int) -> int:
-    """Memory of one sequence of `length` tokens while it is decoded, in bytes.
+TABLES = 8 + 4 + 8  # bytes per token of a slot: its id, log-prob and draw
 
-    Its keys and values, and a few copies of the logits of its next token.
+
+def sequence_bytes(model, length: int) -> int:
+    """Memory of one slot, with room for `length` tokens, in bytes.
+
+    Its keys and values in the type that attention multiplies in, its row of the tables, and a few
+    copies of the logits of its next token.
     """
+    per_token = _cache_bytes_per_token(model) + TABLES
+    return per_token * length + 32 * model.get_output_embeddings().weight.shape[0]
+
+
+def _cache_bytes_per_token(model) -> int:
     text = model.config.get_text_config()
-    numbers_per_token = 2 * text.num_hidden_layers * _key_value_size(text)
-    cache = numbers_per_token * model.dtype.itemsize * length
-    return cache + 32 * model.get_output_embeddings().weight.shape[0]
+    width = product_dtype(model.device, model.dtype).itemsize
+    return 2 * text.num_hidden_layers * _key_value_size(text) * width
 
 
 def _head_size(text) -> int:
@@ -92,21 +101,30 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def sample_budget_mb(
-    model, prompt_length: int, group_size: int, max_new_tokens: int, free: int
-) -> float:
-    """MiB for the sequences that decode together (--sample-mb 0), from `free` bytes.
+PREFILL_TOKENS = 4096  # of prompts that run together; a longer one runs alone
 
-    80 % of what is free without autocast's bf16 copies of the weights; the rest is for one layer's
-    work and the allocator's waste. It is less where running the prompts takes more than their
-    sequences will: all of them run together, each once for its group.
+
+def sample_budget_mb(model, prompt_length: int, free: int) -> float:
+    """MiB for the slots (--sample-mb 0), from `free` bytes. prompt_length: of the longest.
+
+    80 % of what is free without three parts: autocast's copies of the weights, which the prompts
+    use; the sampler's own copy (plumbing.text_decoder); and the prompts that run together, with
+    their keys and values. The rest is for a step's work, graphs and the allocator's waste.
     """
     bf16 = torch.is_autocast_enabled(model.device.type)
-    usable = free - (2 * _count(model) if bf16 and model.dtype == torch.float32 else 0)
-    sequence = sequence_bytes(model, prompt_length + max_new_tokens)
-    prompt = prompt_length * _prefill_bytes_per_token(model, bf16) / group_size
-    prompt += sequence_bytes(model, prompt_length)
-    return max(1.0, 0.8 * usable * sequence / max(sequence, prompt) / 2**20)
+    language_model = 2 * _count(model.model.language_model)
+    weights = 0
+    if bf16 and model.dtype == torch.float32:
+        weights = 2 * _count(model) + language_model
+    elif _has_adapters(model):
+        weights = language_model
+    per_token = _prefill_bytes_per_token(model, bf16) + _cache_bytes_per_token(model)
+    prompts = max(PREFILL_TOKENS, prompt_length) * per_token
+    return max(1.0, 0.8 * (free - weights - prompts) / 2**20)
+
+
+def _has_adapters(model) -> bool:
+    return bool(getattr(model, "peft_config", None))
 
 
 def _prefill_bytes_per_token(model, bf16: bool) -> int:
@@ -308,7 +326,10 @@ def plan(config: TrainConfig, gpus: int, bf16: bool) -> dict[str, float]:
     }
     updating = sum(parts.values())
     parts["caches, sampling"] = config.sample_mb * 2**20
-    parts["caches, sampling"] += width * parameters if gpus > 1 else copies
+    if gpus > 1:  # the whole weights, in the type that the sampler uses
+        parts["caches, sampling"] += width * parameters
+    elif bf16:  # autocast's copies, and the sampler's own, into which adapters are merged
+        parts["caches, sampling"] += copies + 2 * _count(model.model.language_model)
     standing = parts["weights"] + parts["AdamW"] + parts["reference"]
     parts["peak"] = max(updating, standing + parts["caches, sampling"])
     return {name: size / 2**30 for name, size in parts.items()}
