@@ -147,9 +147,9 @@ class _Joined:
 
 
 def _weight(linear) -> Tensor:
-    """The weight, with its LoRA adapters if it has any."""
+    """The weight, with its LoRA adapters if it has any and they are on."""
     weight = linear.weight
-    if hasattr(linear, "get_delta_weight"):
+    if hasattr(linear, "get_delta_weight") and not linear.disable_adapters:
         for adapter in linear.active_adapters:
             weight = weight + linear.get_delta_weight(adapter)
     return weight

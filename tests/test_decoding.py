@@ -7,12 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny, plain_logits
+from conftest import greedy_of_transformers, make_tiny, plain_logits
 from test_rollout import mixed_questions, student_prompts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from plumbing.decoding import BLOCK, Prefilled, Slots, StepGraphs, draw, uniforms
 from plumbing.memory import sequence_bytes
+from plumbing.models import _add_adapters
 from rollout import (
     banned_tokens,
     collate,
@@ -258,6 +259,30 @@ def test_a_step_in_bfloat16_differs_from_the_model_s_own_by_rounding(tiny):
     ours_exact, exact = states("no")
     torch.testing.assert_close(ours_exact, exact, rtol=1e-4, atol=1e-4)
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3
+
+
+@torch.no_grad()
+def test_adapters_are_merged_into_the_sampler_s_weights(base):
+    """LoRA: greedy equals model.generate, and the model itself is not changed."""
+    pytest.importorskip("peft")
+    model = make_tiny("Qwen2VL", base[1])
+    _add_adapters(model, 4)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    prompts = student_prompts(base[1], world.puzzles("tune", 3))
+    settings = {"max_new_tokens": 20, "temperature": 0.0}
+    groups = sample_groups(model, base[1], prompts, 1, **settings)
+    expected = [greedy_of_transformers(model, base[1], prompt, 20) for prompt in prompts]
+    assert [response.ids for [response] in groups] == expected
+    model.disable_adapters()
+    assert [greedy_of_transformers(model, base[1], prompt, 20) for prompt in prompts] != expected
+    groups = sample_groups(model, base[1], prompts, 1, **settings)
+    plain = [greedy_of_transformers(model, base[1], prompt, 20) for prompt in prompts]
+    assert [response.ids for [response] in groups] == plain, "adapters that are switched off"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------- CUDA graphs
