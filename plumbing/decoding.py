@@ -99,8 +99,24 @@ def uniforms(keys: list[str], length: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- slots
-STEPS_PER_LOOK = 8  # on a GPU; on a CPU a look costs nothing
-WINDOW = 256  # on a GPU, the places of the cache that are read: a multiple of this, for few graphs
+
+
+class Pace(NamedTuple):
+    """What differs between a GPU and a CPU.
+
+    steps: per look at the rows that have ended. late: a look reads the copy of the look before. A
+    look costs nothing on a CPU; on a GPU it must not wait for the steps that were just asked for.
+    window: the places of the cache that are read are a multiple of it, so that few graphs serve.
+    shrinks: free rows are left out at the end; a GPU hardly pays for them.
+    """
+
+    steps: int
+    late: bool
+    window: int
+    shrinks: bool
+
+
+PACES = {"cuda": Pace(8, True, 256, False), "cpu": Pace(1, False, 1, True)}
 
 
 @dataclass
@@ -151,7 +167,7 @@ class Slots:
         """count: S. length: of the longest prompt. limit: T, the most tokens per response."""
         device = model.device
         self.decoder = TextDecoder(model, product_dtype(device, model.dtype))
-        self.device, self.limit = device, limit
+        self.device, self.limit, self.pace = device, limit, PACES[device.type]
         self.cache = self.decoder.empty_cache(count, length + limit)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.banned = torch.tensor(banned, dtype=torch.long, device=device)
@@ -189,13 +205,12 @@ class Slots:
         """
         self.sampling = sampling
         source, drawn, ended_tokens = _Source(batches), 0, 0
-        steps = STEPS_PER_LOOK if self.device.type == "cuda" else 1
         began = time.perf_counter()
         self.fill(source)
         while self.busy:
             filled = time.perf_counter()
             with torch.autocast(self.device.type, enabled=False):
-                for _ in range(steps):
+                for _ in range(self.pace.steps):
                     self.advance()
             ended, under_way = self.look()
             lengths = tuple(len(ids) for _, ids, _ in ended)
@@ -203,12 +218,12 @@ class Slots:
             if watch:
                 tokens, drawn = ended_tokens + under_way - drawn, ended_tokens + under_way
                 now = time.perf_counter()
-                slot_steps = steps * len(self.owners)
+                slot_steps = self.pace.steps * len(self.owners)
                 watch(Look(tokens, lengths, slot_steps, filled - began, now - filled))
             yield from ended
             began = time.perf_counter()
             self.fill(source)
-            if source.is_empty and self.device.type == "cpu":
+            if source.is_empty and self.pace.shrinks:
                 self.shrink()
 
     @property
@@ -246,9 +261,7 @@ class Slots:
         """One token in every row."""
         for slot, owner in enumerate(self.owners):
             self.reach[slot] += owner is not None
-        window = max(self.reach) + 1
-        if self.device.type == "cuda":
-            window = math.ceil(window / WINDOW) * WINDOW
+        window = math.ceil((max(self.reach) + 1) / self.pace.window) * self.pace.window
         window = min(window, self.cache[0].shape[2])
         self.graphs.run(window, lambda: self.step(window))
 
@@ -276,12 +289,9 @@ class Slots:
         now["position"] += now["live"]
 
     def look(self) -> tuple[list[tuple], int]:
-        """Free the rows that have ended: (owner, ids, log-probs) each; and tokens under way.
-
-        On a GPU at the copy of the look before, so that nothing waits for the GPU.
-        """
+        """Free the rows that have ended: (owner, ids, log-probs) each; and tokens under way."""
         seen, self.seen = self.seen, self.copy_of_flags()
-        if self.device.type == "cpu":
+        if not self.pace.late:
             seen = self.seen
         if seen is None:
             return [], 0

@@ -11,7 +11,7 @@ from conftest import greedy_of_transformers, make_tiny, plain_logits
 from test_rollout import mixed_questions, student_prompts
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from plumbing.decoding import BLOCK, Prefilled, Slots, StepGraphs, draw, uniforms
+from plumbing.decoding import BLOCK, PACES, Prefilled, Slots, StepGraphs, draw, uniforms
 from plumbing.memory import sequence_bytes
 from plumbing.models import _add_adapters
 from rollout import (
@@ -130,6 +130,21 @@ def test_the_number_of_slots_changes_nothing(tiny, slots):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     reverse, _, _ = sampled(tiny, questions[::-1], slots)
     assert sorted(reverse) == sorted(expected)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_the_pace_of_a_gpu_changes_nothing(tiny, slots, monkeypatch):
+    """Looks every 8 steps at an old copy, wide windows, rows that never leave."""
+    questions = [*mixed_questions(), *world.puzzles("tune", 3)]
+    expected, _, _ = sampled(tiny, questions, 5)
+    monkeypatch.setitem(PACES, "cpu", PACES["cuda"]._replace(window=32))
+    looks = []
+    ids, _, responses = sampled(tiny, questions, slots, watch=looks.append)
+    assert ids == expected
+    lengths = [len(response.ids) for response in responses]
+    assert sorted(length for look in looks for length in look.lengths) == sorted(lengths)
+    assert sum(look.tokens for look in looks) == sum(lengths)
+    assert all(look.slot_steps % 8 == 0 for look in looks)
 
 
 def test_log_probs_are_those_of_whole_sequences(tiny):
