@@ -2,12 +2,15 @@
 
     python -m pip install -r bench/requirements.txt
     python bench/bench_rollout.py               # embedded model, and the shape of a 0.5B; minutes
+    python bench/bench_rollout.py --simulate    # by counting alone: see simulation.py; a minute
     python bench/bench_rollout.py --verifier    # milliseconds of the verifier on answers of 1 MB
 
-The peers are model.generate and TRL's GRPOTrainer. Each contender runs twice, in new processes:
-once for the time and once for the memory. Weights are random, and a question has one image of 256
-tokens (on a GPU 1,024 tokens, in the shape of a 2B), 8 responses of 64 new tokens, and temperature
-1. Nothing ends early, so that all contenders make the same number of tokens.
+The peers are model.generate, on a GPU also compiled with a static cache, and TRL's GRPOTrainer.
+Each contender runs twice, in new processes: once for the time and once for the memory. Weights are
+random, and a question has one image of 256 tokens (on a GPU 1,024 tokens, in the shape of a 2B), 8
+responses of 64 new tokens, and temperature 1. Nothing ends early, so that all contenders make the
+same number of tokens. Rows of "ours" without the field "sampler" are of the sampler before the
+slots, which decoded in rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import simulation  # noqa: E402
 from bench_losses import GPU, high_water, machine  # noqa: E402
 from common import RESULTS, append_row, markdown_table, measure_in_child  # noqa: E402
 
@@ -138,8 +142,13 @@ def make_model(shape: str) -> tuple[torch.nn.Module, SpecialTokens]:
     return model.to("cuda" if GPU else "cpu").eval(), special
 
 
-def make_prompts(shape: str, special: SpecialTokens, dtype: torch.dtype) -> list:
-    """Random prompts: <vision_start> image <vision_end> and 40 tokens of text."""
+def make_prompts(
+    shape: str, special: SpecialTokens, dtype: torch.dtype, questions: int | None = None
+) -> list:
+    """Random prompts: <vision_start> image <vision_end> and 40 tokens of text.
+
+    questions: their number, where it is not the shape's.
+    """
     from rollout import Prompt, Question
 
     side = SHAPES[shape].side
@@ -147,7 +156,7 @@ def make_prompts(shape: str, special: SpecialTokens, dtype: torch.dtype) -> list
     image = [special.vision_start, *[special.image] * side**2, special.vision_end]
     generator = torch.Generator().manual_seed(0)
     prompts = []
-    for n in range(SHAPES[shape].questions):
+    for n in range(questions or SHAPES[shape].questions):
         words = torch.randint(8, largest_word, (40,), generator=generator)
         ids = torch.cat([torch.tensor(image), words])
         prompts.append(
@@ -164,28 +173,41 @@ def make_prompts(shape: str, special: SpecialTokens, dtype: torch.dtype) -> list
 
 # -------------------------------------------------------------------------------------- contenders
 # Each makes run(new): `new` tokens for each of GROUP responses to each prompt, a list of id lists.
-def ours(model, prompts: list, special: SpecialTokens) -> Callable:
-    """What rollout.sample_groups does for the rows that decode together."""
-    from plumbing.decoding import decode, uniforms
-    from rollout import distinct_prompts, pad_prompts, prefill
+def ours(model, prompts: list, special: SpecialTokens, count: int | None = None) -> Callable:
+    """What rollout.sample_groups does, with `count` slots; None: one for each response.
 
-    rows = [prompt for prompt in prompts for _ in range(GROUP)]
+    Our sampler does not know the model's tokenizer here, so nothing ends a response but its length.
+    run(new, watch, graphs): graphs=False runs the steps as they are on a GPU too.
+    """
+    from plumbing.decoding import Prefilled, Slots, uniforms
+    from rollout import equal_lengths, pad_prompts, prefill
+
+    count = count or len(prompts) * GROUP
+    longest = max(len(prompt.ids) for prompt in prompts)
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+    def prefilled(new: int) -> Iterator[Prefilled]:
+        for part in equal_lengths(prompts, max(1, count // GROUP)):
+            rows = [(n, g) for n in part for g in range(GROUP)]
+            inputs = pad_prompts([prompts[n] for n in part], special.pad, model.device)
+            each_once = torch.arange(len(part)).to(model.device)
+            state, cache, _, first = prefill(model, inputs, each_once)
+            prompt_of = each_once.repeat_interleave(GROUP).cpu()
+            noise = uniforms([f"{n}-{g}" for n, g in rows], new)
+            yield Prefilled(rows, prompt_of, state[:, 0], cache.layers, first[:, 0], noise)
 
     @torch.no_grad()
-    def run(new: int) -> list[list[int]]:
-        noise = uniforms([str(row) for row in range(len(rows))], new)
-        distinct, prompt_of = distinct_prompts(rows)
-        inputs = pad_prompts(distinct, special.pad, model.device)
-        prefilled = prefill(model, inputs, prompt_of.to(model.device))
-        never_ends = []
-        responses = decode(model, prefilled, noise, never_ends, special.banned(), special.pad, new)
-        return [ids for ids, _ in responses]
+    def run(new: int, watch: Callable | None = None, graphs: bool = True) -> list[list[int]]:
+        slots = Slots(model, count, longest, new, [], special.banned())
+        slots.graphs.enabled &= graphs
+        drawn = {row: ids for row, ids, _ in slots.decode(prefilled(new), watch, **settings)}
+        return [drawn[n, g] for n in range(len(prompts)) for g in range(GROUP)]
 
     return run
 
 
-def generate(model, prompts: list, special: SpecialTokens) -> Callable:
-    """transformers' model.generate."""
+def generate(model, prompts: list, special: SpecialTokens, cache: str | None = None) -> Callable:
+    """transformers' model.generate. cache: its cache_implementation; it compiles a static one."""
     from transformers import GenerationConfig
 
     from rollout import pad_prompts
@@ -193,7 +215,7 @@ def generate(model, prompts: list, special: SpecialTokens) -> Callable:
     inputs = pad_prompts(prompts, special.pad, model.device)
     prompt_length = inputs["input_ids"].shape[1]
 
-    def run(new: int) -> list[list[int]]:
+    def run(new: int, **settings) -> list[list[int]]:
         config = GenerationConfig(
             max_new_tokens=new,
             do_sample=True,
@@ -201,11 +223,17 @@ def generate(model, prompts: list, special: SpecialTokens) -> Callable:
             num_return_sequences=GROUP,
             pad_token_id=special.pad,
             suppress_tokens=special.banned(),
+            cache_implementation=cache,
         )
-        sequences = model.generate(**inputs, generation_config=config)
+        sequences = model.generate(**inputs, generation_config=config, **settings)
         return sequences[:, prompt_length:].tolist()
 
     return run
+
+
+def generate_compiled(model, prompts: list, special: SpecialTokens) -> Callable:
+    """The same with a static cache; on a GPU transformers compiles the decoding step."""
+    return generate(model, prompts, special, cache="static")
 
 
 def trl(model, prompts: list, special: SpecialTokens) -> Callable:
@@ -251,9 +279,12 @@ def trl(model, prompts: list, special: SpecialTokens) -> Callable:
 
 CONTENDERS = {
     "model.generate(num_return_sequences=8)": generate,
+    "model.generate, static cache, compiled": generate_compiled,
     "TRL GRPOTrainer": trl,
     "ours": ours,
 }
+if not GPU:
+    del CONTENDERS["model.generate, static cache, compiled"]  # transformers compiles on a GPU alone
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -262,7 +293,7 @@ def measure(name: str, shape: str) -> dict:
     model, special = make_model(shape)
     prompts = make_prompts(shape, special, model.dtype)
     run = CONTENDERS[name](model, prompts, special)
-    run(2)
+    run(NEW if GPU else 2)  # with all tokens where something is compiled for their number
     before = high_water(reset=True)
     repeats = 5 if shape == "tiny" else 1  # a tiny rollout takes a second or two: the best of five
     times = []
@@ -273,13 +304,14 @@ def measure(name: str, shape: str) -> dict:
     lengths = [len(ids) for ids in responses]
     assert lengths == [NEW] * (GROUP * len(prompts)), lengths
     seconds = min(times)
-    return {
+    row = {
         "name": name,
         "shape": shape,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(sum(lengths) / seconds, 1),
         "mib": round(high_water() - before),
     }
+    return row | {"sampler": "slots"} if name == "ours" else row
 
 
 def measure_twice(name: str, shape: str) -> dict:
@@ -343,6 +375,8 @@ def verifier_table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--verifier", action="store_true", help="time the verifier instead")
+    parser.add_argument("--simulate", action="store_true", help="count a rollout instead")
+    parser.add_argument("--lengths", metavar="FILE", help="measured lengths, for --simulate")
     parser.add_argument(
         "--shapes", nargs="+", choices=list(SHAPES), default=["tiny", "2B" if GPU else "0.5B"]
     )
@@ -350,6 +384,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.verifier:
         return print(verifier_table())
+    if args.simulate:
+        return print(simulation.report(args.lengths))
     if args.run:
         return print(json.dumps(measure(*args.run)))
     for shape in args.shapes:

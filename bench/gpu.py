@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import subprocess
 import sys
@@ -28,15 +27,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import bench_losses  # noqa: E402
+import simulation  # noqa: E402
 from bench_losses import GPU, high_water, machine  # noqa: E402
-from bench_rollout import make_model, make_prompts, ours  # noqa: E402
+from bench_rollout import generate, generate_compiled, make_model, make_prompts, ours  # noqa: E402
 from bench_step import GROUP, Shape, make_folder, make_questions  # noqa: E402
 from common import RESULTS, append_row  # noqa: E402
 
 ROWS = RESULTS / "gpu.jsonl"
 SHAPE = "2B" if GPU else "tiny"
 LIMIT = 300  # seconds per part
-DEFAULT = {"questions": 128, "group": 8, "steps": 607, "updates": 3}  # of train.TrainConfig
+DEFAULT = {"questions": 128, "steps": 607, "updates": 3}  # of train.TrainConfig
 # the rows of the planner's table in docs/your-model.md
 UPDATES = {
     "default": {},
@@ -148,37 +148,127 @@ def profile(run):
     return profiler
 
 
-def decode() -> dict:
-    """Our sampler: ms per step of all rows together, launches, host reads, share of GPU busy."""
+ROWS_TOGETHER = (32, 64, 128)
+# at the 2B shape all steps of these read one window of the cache, so that one graph serves them
+NEW = 200 if GPU else 24
+WARM = 24 if GPU else 3  # tokens before the clock starts: warm-up and capture are over
+
+
+class Clock:
+    """Time per step from token WARM on. The GPU is waited for at both ends alone."""
+
+    def __init__(self):
+        self.steps, self.before, self.began = 0, 0, None
+
+    def tick(self, steps: int = 1) -> None:
+        """So many steps more."""
+        self.steps += steps
+        if self.began is None and self.steps >= WARM:
+            synchronize()
+            self.began, self.before = time.perf_counter(), self.steps
+
+    def ms_per_step(self) -> float:
+        synchronize()
+        return 1000 * (time.perf_counter() - self.began) / (self.steps - self.before)
+
+
+def decode(rows: int) -> dict:
+    """`rows` responses together: our steps with graphs and without, model.generate, the bound."""
     model, special = make_model(SHAPE)
-    prompts = make_prompts(SHAPE, special, model.dtype)
+    prompts = make_prompts(SHAPE, special, model.dtype, rows // GROUP)
     run = ours(model, prompts, special)
-    few, many = 8, 40
-    step = (seconds_of(lambda: run(many)) - seconds_of(lambda: run(few))) / (many - few)
-    events, more_events = (profile(lambda new=new: run(new)).key_averages() for new in (few, many))
+    eager_ms, eager_ids = our_step(run, rows, graphs=False)
+    row = {"shape": SHAPE, "rows": rows, "prompt_tokens": len(prompts[0].ids), "eager_ms": eager_ms}
+    row |= {"graphs": "none, no GPU", "ms_per_step": eager_ms}
+    if GPU:
+        row["ms_per_step"], ids = our_step(run, rows, graphs=True)
+        differ = sum(ours != theirs for ours, theirs in zip(ids, eager_ids, strict=True))
+        row["graphs"] = f"{differ} of {rows} responses differ from eager ones"
+    row["tokens_per_second"] = 1000 * rows / row["ms_per_step"]
+    row |= bound(model, rows, row["prompt_tokens"])
+    row["times_bound"] = row["ms_per_step"] / row["bound_ms"]
+    row |= counted(run)
+    for name, peer in {"generate": generate, "generate_static": generate_compiled}.items():
+        row[f"{name}_ms"] = generate_step(peer(model, prompts, special))
+    return row
 
-    def per_step(*prefixes: str) -> float:
-        counts = [
-            sum(event.count for event in averages if event.key.startswith(prefixes))
-            for averages in (events, more_events)
-        ]
-        return (counts[1] - counts[0]) / (many - few)
 
-    busy = [
-        sum(event.self_device_time_total for event in averages) / 1e6
-        for averages in (events, more_events)
-    ]
-    rows = len(prompts) * GROUP
+def our_step(run, rows: int, graphs: bool) -> tuple[float, list[list[int]]]:
+    """ms per step of all rows, and their tokens."""
+    run(WARM, graphs=graphs)
+    clock = Clock()
+    ids = run(NEW, watch=lambda look: clock.tick(look.slot_steps // rows), graphs=graphs)
+    return clock.ms_per_step(), ids
+
+
+def generate_step(run) -> float | str:
+    """ms per step of model.generate, which compiles in a run before; or why there is none."""
+    from transformers import StoppingCriteria
+
+    class Ticks(StoppingCriteria):
+        def __init__(self):
+            self.clock = Clock()
+
+        def __call__(self, input_ids, scores, **_) -> torch.Tensor:
+            self.clock.tick()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    try:
+        run(NEW)
+        ticks = Ticks()
+        run(NEW, stopping_criteria=[ticks])
+    except RuntimeError as error:  # out of memory, or torch.compile gives up: ours is measured
+        return str(error).partition("\n")[0]
+    return ticks.clock.ms_per_step()
+
+
+def bound(model, rows: int, prompt_tokens: int) -> dict:
+    """ms in which the memory gives what a step must read: weights once, each row's cache.
+
+    The memory's speed is that of a copy of a large tensor, each byte read and written.
+    """
+    text, width = model.config.get_text_config(), model.dtype.itemsize
+    head_size = text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * width
+    numbers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    weights = width * (numbers + model.get_output_embeddings().weight.numel())
+    source = torch.zeros(2**28 if GPU else 2**22, device=model.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    window = prompt_tokens + NEW // 2  # the mean
     return {
-        "shape": SHAPE,
-        "rows": rows,
-        "ms_per_step": 1000 * step,
-        "tokens_per_second": rows / step,
-        "launches_per_step": per_step("cudaLaunchKernel", "cuLaunchKernel"),
-        "operators_per_step": per_step("aten::"),
-        "host_reads_per_step": per_step("aten::_local_scalar_dense", "aten::nonzero"),
-        "gpu_busy": (busy[1] - busy[0]) / (many - few) / step,
+        "bandwidth": bandwidth,
+        "cache_bytes": cache,
+        "window": window,
+        "bound_ms": 1000 * (weights + rows * window * cache) / bandwidth,
     }
+
+
+def counted(run) -> dict:
+    """By the profiler, per step: launches and host reads of plain steps, ms of the GPU's work."""
+    few, many = 8, 24  # whole looks
+    usual = plain = averages_of(run, (few, many), graphs=False)
+    if GPU:
+        usual = averages_of(run, (few, many), graphs=True)
+
+    def per_step(averages: list, value) -> float:
+        before, after = (sum(value(event) for event in events) for events in averages)
+        return (after - before) / (many - few)
+
+    def count_of(*prefixes: str):
+        return lambda event: event.count if event.key.startswith(prefixes) else 0
+
+    return {
+        "launches_per_step": per_step(plain, count_of("cudaLaunchKernel", "cuLaunchKernel")),
+        "operators_per_step": per_step(plain, count_of("aten::")),
+        "host_reads_per_step": per_step(plain, count_of("aten::_local_scalar_dense")),
+        "gpu_busy_ms_per_step": per_step(usual, lambda event: event.self_device_time_total) / 1000,
+    }
+
+
+def averages_of(run, lengths: tuple, graphs: bool) -> list:
+    """The profiler's sums by name, of a run of each length."""
+    return [profile(lambda new=new: run(new, graphs=graphs)).key_averages() for new in lengths]
 
 
 def make_step(options: dict, answer_tokens: int):
@@ -276,19 +366,25 @@ def images() -> dict:
 
 
 def hours(rows: dict[str, dict]) -> dict:
-    """Predicted hours of the default run at two mean lengths, from the parts measured before.
+    """Predicted hours of the default run at three mean lengths, from the parts measured before.
 
-    Assumed: a decoding step takes as long with any number of rows up to the measured one; the rows
-    of a round wait for the longest, 2.5 times the mean but at most 4096 tokens; an update's time
-    grows with response tokens; reading images overlaps with nothing.
+    The steps of a rollout are those of bench/simulation.py. A step takes as measured, and besides
+    the time to read the longer window; an update's time grows with response tokens; reading images
+    overlaps with nothing.
     """
-    decoded, updated, read = (rows[name] for name in ("decode", "update: default", "images"))
-    responses = DEFAULT["questions"] * DEFAULT["group"]
-    rounds = math.ceil(responses / decoded["rows"])
-    row = {"rows_at_once": decoded["rows"]}
-    for mean in (400, 4096):
-        sampling = rounds * min(4096, 2.5 * mean) * decoded["ms_per_step"] / 1000
-        update_seconds = responses * mean * updated["seconds"] / updated["response_tokens"]
+    updated, read = rows["update: default"], rows["images"]
+    decoded = max(decode_rows(rows), key=lambda row: row["tokens_per_second"])
+    slots, questions = decoded["rows"], DEFAULT["questions"] * DEFAULT["updates"]
+    row = {"rows_at_once": slots}
+    for mean in simulation.MEANS:
+        drawn = simulation.rollouts(simulation.log_normal(mean), questions)
+        counted = simulation.over_rollouts(simulation.refilled, drawn, slots)
+        longer = counted.window - simulation.PROMPT + decoded["prompt_tokens"] - decoded["window"]
+        longer_ms = 1000 * slots * longer * decoded["cache_bytes"] / decoded["bandwidth"]
+        steps = counted.steps / len(drawn) / DEFAULT["updates"]
+        sampling = steps * (decoded["ms_per_step"] + longer_ms) / 1000
+        tokens = counted.used / len(drawn) / DEFAULT["updates"]
+        update_seconds = tokens * updated["seconds"] / updated["response_tokens"]
         reading = DEFAULT["questions"] * (read["cpu_ms"] + read["tower_ms"]) / 1000
         step = sampling + update_seconds + reading
         row[f"mean {mean}"] = {
@@ -299,12 +395,18 @@ def hours(rows: dict[str, dict]) -> dict:
     return row
 
 
+def decode_rows(rows: dict[str, dict]) -> list[dict]:
+    """The parts "decode" that went through."""
+    decoded = [row for name, row in rows.items() if name.startswith("decode")]
+    return [row for row in decoded if "error" not in row]
+
+
 PARTS = {
     "versions": versions,
     "losses": losses,
     "check": check,
     "kernels": kernels,
-    "decode": decode,
+    **{f"decode: {count} rows": (lambda count=count: decode(count)) for count in ROWS_TOGETHER},
     **{f"update: {name}": (lambda name=name: update(name)) for name in UPDATES},
     "fsdp": fsdp,
     "images": images,
@@ -347,8 +449,9 @@ def main() -> None:
         rows[name] = measure(name) | {"machine": where}
         append_row(ROWS, rows[name])
         print(json.dumps(rows[name]), flush=True)
-    needed = ("decode", "update: default", "images")
-    if all("error" not in rows.get(name, {"error": ""}) for name in needed):
+    needed = ("update: default", "images")
+    others = all("error" not in rows.get(name, {"error": ""}) for name in needed)
+    if others and decode_rows(rows):
         row = {"part": "hours", **hours(rows), "machine": where}
         append_row(ROWS, row)
         print(json.dumps(row))
