@@ -10,7 +10,8 @@ all responses have the KL penalty. In "PTD-PO" half of each group has failed and
 Phases: sample, score (the student's forward), teacher (the reference's), update (backward,
 clipping, AdamW). Each contender has a process of its own and makes two steps; the second counts.
 Each finished run adds a line to bench/results/step.jsonl. Rows of ours without the field "recipe"
-were measured with the release's settings: groups with tutoring had no KL penalty.
+were measured with the release's settings: groups with tutoring had no KL penalty. Those without the
+field "sampler" sampled in rounds, without slots.
 """
 
 from __future__ import annotations
@@ -245,6 +246,7 @@ def measure_ours(shape: Shape, lam: float) -> dict:
     phases.seconds["rest"] = total - sum(phases.seconds.values())
     return {
         "recipe": config.recipe,
+        "sampler": "slots",
         "seconds": total,
         "phases": phases.seconds,
         "phase_mib": phases.mib,

@@ -13,6 +13,7 @@ from rollout import sample_groups
 from toy import world
 
 sys.path.insert(0, str(ROOT / "bench"))
+import bench_rollout  # noqa: E402
 import simulation  # noqa: E402
 from simulation import lock_step, refilled, shrinking  # noqa: E402
 
@@ -143,3 +144,12 @@ def test_more_slots_never_make_a_step_faster_or_a_token_slower_than_alone():
     for few, many in zip(steps, steps[1:], strict=False):
         assert all(0 < few[part] <= many[part] for part in ("weights", "logits", "kernels"))
         assert sum(few.values()) < sum(many.values())
+
+
+def test_the_contender_that_is_measured_gives_the_same_tokens_with_few_slots():
+    model, special = bench_rollout.make_model("tiny")
+    prompts = bench_rollout.make_prompts("tiny", special, model.dtype, questions=3)
+    expected = bench_rollout.ours(model, prompts, special)(4)
+    assert [len(ids) for ids in expected] == [4] * 3 * bench_rollout.GROUP
+    assert len(set(map(tuple, expected))) > 3
+    assert bench_rollout.ours(model, prompts, special, count=5)(4) == expected
