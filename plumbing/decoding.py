@@ -99,24 +99,24 @@ def uniforms(keys: list[str], length: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- slots
-
-
 class Pace(NamedTuple):
     """What differs between a GPU and a CPU.
 
     steps: per look at the rows that have ended. late: a look reads the copy of the look before. A
     look costs nothing on a CPU; on a GPU it must not wait for the steps that were just asked for.
     window: the places of the cache that are read are a multiple of it, so that few graphs serve.
-    shrinks: free rows are left out at the end; a GPU hardly pays for them.
+    growth: places are added to the cache by so many, as a CPU reads a cache with gaps slowly; 0:
+    all at once. shrinks: free rows are left out at the end; a GPU hardly pays for them.
     """
 
     steps: int
     late: bool
     window: int
+    growth: int
     shrinks: bool
 
 
-PACES = {"cuda": Pace(8, True, 256, False), "cpu": Pace(1, False, 1, True)}
+PACES = {"cuda": Pace(8, True, 256, 0, False), "cpu": Pace(1, False, 1, 32, True)}
 
 
 @dataclass
@@ -168,7 +168,9 @@ class Slots:
         device = model.device
         self.decoder = TextDecoder(model, product_dtype(device, model.dtype))
         self.device, self.limit, self.pace = device, limit, PACES[device.type]
-        self.cache = self.decoder.empty_cache(count, length + limit)
+        self.places = length + limit
+        first_places = min(self.places, length + (self.pace.growth or limit))
+        self.cache = self.decoder.empty_cache(count, first_places)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.banned = torch.tensor(banned, dtype=torch.long, device=device)
         self.owners: list = [None] * count
@@ -262,7 +264,11 @@ class Slots:
         for slot, owner in enumerate(self.owners):
             self.reach[slot] += owner is not None
         window = math.ceil((max(self.reach) + 1) / self.pace.window) * self.pace.window
-        window = min(window, self.cache[0].shape[2])
+        window = min(window, self.places)
+        if window > self.cache[0].shape[2]:
+            shape = list(self.cache[0].shape)
+            shape[2] = self.pace.growth
+            self.cache = [torch.cat([x, x.new_zeros(shape)], 2) for x in self.cache]
         self.graphs.run(window, lambda: self.step(window))
 
     def step(self, window: int) -> None:
@@ -290,7 +296,8 @@ class Slots:
 
     def look(self) -> tuple[list[tuple], int]:
         """Free the rows that have ended: (owner, ids, log-probs) each; and tokens under way."""
-        seen, self.seen = self.seen, self.copy_of_flags()
+        self.looks += 1
+        seen, self.seen = self.seen, _Flags(self.looks, self.rows["live"], self.rows["made"])
         if not self.pace.late:
             seen = self.seen
         if seen is None:
@@ -305,14 +312,11 @@ class Slots:
         under_way = sum(made[slot] for slot in owned if live[slot])
         return self.release(ended, made) if ended else [], under_way
 
-    def copy_of_flags(self) -> _Flags:
-        self.looks += 1
-        return _Flags(self.looks, self.rows["live"], self.rows["made"])
-
     def release(self, ended: list[int], made: list[int]) -> list[tuple]:
         """Read the responses of these slots and free them."""
         at = torch.tensor(ended, device=self.device)
-        ids, logp = self.rows["ids"][at].tolist(), self.rows["logp"][at].tolist()
+        longest = max(made[slot] for slot in ended)
+        ids, logp = (self.rows[name][at, :longest].tolist() for name in ("ids", "logp"))
         results = []
         for row, slot in enumerate(ended):
             count = made[slot]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from losses import chunk_tokens, scores_from_hidden
 from plumbing import settings
-from plumbing.decoding import Slots
+from plumbing.decoding import PACES, Slots
 from plumbing.memory import (
     CPU_SAMPLE_MB,
     MicroBatch,
@@ -355,8 +355,9 @@ def test_the_copies_of_the_weights_are_not_free_for_slots(tiny):
     assert (kept - copied) * 2**20 == pytest.approx(0.8 * copies)
 
 
-def test_slots_take_what_is_predicted(tiny):
-    """The cache in the type that attention multiplies in, and the tables."""
+def test_slots_take_what_is_predicted(tiny, monkeypatch):
+    """The cache in the type that attention multiplies in, whole as on a GPU, and the tables."""
+    monkeypatch.setitem(PACES, "cpu", PACES["cuda"])
     model = tiny[0]
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
