@@ -3,11 +3,10 @@
 import sys
 
 import pytest
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_tiny, spy
 from test_rollout import student_prompts
 
-import rollout
-from plumbing.decoding import Slots
+from plumbing.decoding import PACES, Slots
 from plumbing.memory import sequence_bytes
 from rollout import sample_groups
 from toy import world
@@ -21,26 +20,9 @@ LIMIT, GROUP = 40, 3
 LENGTHS = [3, 9, 1, 5, 5, 2]
 
 
-class Late(Slots):
-    """The slots as on a GPU: eight steps per look, each at the copy of the look before."""
-
-    kept = None
-
-    def advance(self):
-        for _ in range(8):
-            super().advance()
-
-    def copy_of_flags(self):
-        before, self.kept = self.kept, super().copy_of_flags()
-        return before
-
-    def shrink(self):
-        pass
-
-
-class Unshrunk(Slots):
-    def shrink(self):
-        pass
+CPU = PACES["cpu"]
+UNSHRUNK = CPU._replace(shrinks=False)
+LATE = UNSHRUNK._replace(steps=8, late=True)  # as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +39,9 @@ def prompts_of_one_length(processor):
     return [prompt for prompt in prompts if len(prompt.ids) == len(prompts[0].ids)]
 
 
-def rolled_out(model, monkeypatch, kind, slots):
-    """Lengths in the order in which responses begin, and the slot steps of this kind of slots."""
-    monkeypatch.setattr(rollout, "Slots", kind)
+def rolled_out(model, monkeypatch, pace, slots):
+    """Lengths in the order in which responses begin, and the slot steps at this pace."""
+    monkeypatch.setitem(PACES, "cpu", pace)
     prompts = prompts_of_one_length(model[1])
     sample_mb = (slots + 0.5) * sequence_bytes(model[0], len(prompts[0].ids) + LIMIT) / 2**20
     looks = []
@@ -71,33 +53,25 @@ def rolled_out(model, monkeypatch, kind, slots):
 
 @pytest.mark.parametrize("slots", [3, 5])
 @pytest.mark.parametrize(
-    "kind, settings, steps_per_slot_step",
+    "pace, settings",
     [
-        (Unshrunk, {"look": 1, "behind": 0}, 1),
-        (Slots, {"look": 1, "behind": 0, "shrinks": True}, 1),
-        (Late, {"look": 8, "behind": 1}, 8),
+        (UNSHRUNK, {"look": 1, "behind": 0}),
+        (CPU, {"look": 1, "behind": 0, "shrinks": True}),
+        (LATE, {"look": 8, "behind": 1}),
     ],
 )
-def test_the_real_slots_take_as_many_steps(
-    model, monkeypatch, slots, kind, settings, steps_per_slot_step
-):
-    lengths, slot_steps = rolled_out(model, monkeypatch, kind, slots)
+def test_the_real_slots_take_as_many_steps(model, monkeypatch, slots, pace, settings):
+    lengths, slot_steps = rolled_out(model, monkeypatch, pace, slots)
     assert len(set(lengths)) > 2
     assert len(lengths) > 2 * slots
     counted = refilled(lengths, slots, **settings)
     assert counted.used == sum(lengths)
-    assert counted.computed == steps_per_slot_step * slot_steps
+    assert counted.computed == slot_steps
 
 
 def test_the_real_slots_read_as_many_places(model, monkeypatch):
-    windows = []
-
-    class Noted(Unshrunk):
-        def step(self, window):
-            windows.append(window)
-            super().step(window)
-
-    lengths, _ = rolled_out(model, monkeypatch, Noted, 3)
+    windows = spy(monkeypatch, Slots, "step", lambda slots, window: window)
+    lengths, _ = rolled_out(model, monkeypatch, UNSHRUNK, 3)
     prompt = len(prompts_of_one_length(model[1])[0].ids)
     counted = refilled(lengths, 3, look=1, behind=0, prompt=prompt, limit=LIMIT, bucket=1)
     assert counted.read == sum(windows)
