@@ -342,12 +342,13 @@ def sample_groups(
 
     def prefilled(slots: int) -> Iterator[Prefilled]:
         """The prompts, run together with others of their length, so that none is padded."""
-        for part in equal_lengths(prompts, max(1, slots // group_size)):
-            rows = [(n, g) for n in part for g in range(group_size) if (n, g) not in drawn]
+        left = [row for row in all_rows if row not in drawn]  # not all where memory ran out
+        lengths = {n: len(prompts[n].ids) for n, _ in left}
+        for part in equal_lengths(lengths, max(1, slots // group_size)):
+            rows = [(n, g) for n, g in left if n in part]
             inputs = pad_prompts([prompts[n] for n in part], tokenizer.pad_token_id, model.device)
-            state, cache, _, first = prefill(
-                model, inputs, torch.arange(len(part)).to(model.device)
-            )
+            each_once = torch.arange(len(part), device=model.device)
+            state, cache, _, first = prefill(model, inputs, each_once)
             prompt_of = torch.tensor([part.index(n) for n, _ in rows])
             noise = None
             if temperature > 0:
@@ -365,23 +366,21 @@ def sample_groups(
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return Response(prompts[n], ids, text, truncated=ids[-1] not in eos, logp=logp)
 
+    all_rows = [(n, g) for n in range(len(prompts)) for g in range(group_size)]
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     slots = int(sample_mb * 2**20) // sequence_bytes(model, longest + max_new_tokens)
     training = model.training
     model.eval()
-    halve_where_memory_ends(decode, max(1, min(slots, len(prompts) * group_size)))
+    halve_where_memory_ends(decode, max(1, min(slots, len(all_rows))))
     model.train(training)
     return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
 
 
-def equal_lengths(prompts: list[Prompt], at_most: int) -> Iterator[list[int]]:
-    """Numbers of prompts with the same length, at most so many together; the shortest first."""
-    by_length: dict[int, list[int]] = {}
-    for n, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt.ids), []).append(n)
-    for length in sorted(by_length):
+def equal_lengths(lengths: dict[int, int], at_most: int) -> Iterator[list[int]]:
+    """The keys with the same length, at most so many together; the shortest first."""
+    for length in sorted(set(lengths.values())):
         count = max(1, min(at_most, PREFILL_TOKENS // length))
-        numbers = by_length[length]
+        numbers = [n for n in lengths if lengths[n] == length]
         for start in range(0, len(numbers), count):
             yield numbers[start : start + count]
 

@@ -187,7 +187,8 @@ def ours(model, prompts: list, special: SpecialTokens, count: int | None = None)
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
     def prefilled(new: int) -> Iterator[Prefilled]:
-        for part in equal_lengths(prompts, max(1, count // GROUP)):
+        lengths = {n: len(prompt.ids) for n, prompt in enumerate(prompts)}
+        for part in equal_lengths(lengths, max(1, count // GROUP)):
             rows = [(n, g) for n in part for g in range(GROUP)]
             inputs = pad_prompts([prompts[n] for n in part], special.pad, model.device)
             each_once = torch.arange(len(part)).to(model.device)

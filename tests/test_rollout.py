@@ -6,7 +6,7 @@ from conftest import greedy_of_transformers
 from transformers import GenerationConfig
 
 from losses import scores_from_hidden
-from plumbing.decoding import Slots
+from plumbing.decoding import PACES, Slots
 from plumbing.memory import sequence_bytes
 from rollout import (
     FORMAT_PROMPT,
@@ -430,6 +430,31 @@ def test_running_out_of_memory_halves_the_slots_once_and_loses_nothing(
     counts.clear()
     with pytest.raises(torch.OutOfMemoryError):
         respond(base, questions, 4)
+
+
+def test_a_group_that_has_ended_when_memory_runs_out_is_kept(base, monkeypatch):
+    """Its prompt does not run again, and the prompts behind it do."""
+    monkeypatch.setitem(PACES, "cpu", PACES["cpu"]._replace(shrinks=False))
+    questions = world.puzzles("heldout", 4)
+    whole = ids_of(respond(base, questions, 2))
+    ends = [max(len(ids) for ids in group) for group in whole]
+    assert min(ends) < max(ends)
+    step, forward, steps, prompts = Slots.step, base[0].model.forward, [], []
+
+    def fragile(slots, window):
+        steps.append(len(slots.owners))
+        if len(steps) == min(ends) + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(slots, window)
+
+    def counted(*args, **inputs):
+        prompts.append(len(inputs["input_ids"]))
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(Slots, "step", fragile)
+    monkeypatch.setattr(base[0].model, "forward", counted)
+    assert ids_of(respond(base, questions, 2)) == whole
+    assert 4 < sum(prompts) < 8
 
 
 def test_memory_that_ends_with_one_slot_is_an_error():
