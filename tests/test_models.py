@@ -8,6 +8,7 @@ import sys
 import hub
 import pytest
 import torch
+import two_processes
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, assert_close, logged
 from transformers import AutoModelForImageTextToText
@@ -25,15 +26,12 @@ SHORT = shlex.split("--group-size 2 --eval-questions 1 --eval-every 9 --name equ
 
 
 def run_script(folder, processes, *args, torchrun=False):
-    """tests/two_processes.py in `folder`, in so many processes that are joined; 0: alone."""
-    launch = [sys.executable]
+    """tests/two_processes.py in `folder`, in so many processes that are joined."""
+    launch = [str(ROOT / "tests" / "forked.py"), str(processes)]
     if torchrun:
-        launch += ["-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc_per_node", str(processes)]
-    elif processes:
-        launch += [str(ROOT / "tests" / "forked.py"), str(processes)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*launch, SCRIPT, *args],
+        [sys.executable, *launch, SCRIPT, *args],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -43,13 +41,10 @@ def run_script(folder, processes, *args, torchrun=False):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def alone_and_in_two(folder, *args):
-    """What tests/two_processes.py saves, run alone and in two processes."""
-    run_script(folder, 0, "alone", *args)
+def in_two(folder, *args):
+    """What tests/two_processes.py saves in two processes."""
     run_script(folder, 2, "both", *args)
-    one, two = torch.load(folder / "alone"), torch.load(folder / "both")
-    assert (one["processes"], two["processes"]) == (1, 2)
-    return one, two
+    return torch.load(folder / "both")
 
 
 def assert_weights_close(ours, expected, rtol):
@@ -61,7 +56,9 @@ def assert_weights_close(ours, expected, rtol):
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     """gloo, with other numbers of tutored tokens per process; in case "one" a process has none."""
-    one, two = alone_and_in_two(tmp_path)
+    two = in_two(tmp_path)
+    assert two["processes"] == 2
+    one = two_processes.gradients(two_processes.make_trainer())
     for case in ("unequal", "one"):
         assert one[case]["parts"]["kl"] > 0
         assert_close(two[case]["grads"], one[case]["grads"], 1e-5)
@@ -74,7 +71,9 @@ def test_two_sharded_processes_do_three_steps_as_one_does(tmp_path):
     One process has nothing to tutor and fewer micro-batches; the other has no image in one of its
     questions. Losses, weights, what the trained student samples, and a checkpoint.
     """
-    one, two = alone_and_in_two(tmp_path, "fsdp")
+    two = in_two(tmp_path, "fsdp")
+    trainer = two_processes.make_trainer(**two_processes.SHARDED_RUN)
+    one = two_processes.sharded_run(trainer, str(tmp_path / "alone"))
     assert not one["sharded"]
     assert two["sharded"] == [4, 4]  # three layers and the root
     for alone, sharded in zip(one["parts"], two["parts"], strict=True):
@@ -93,29 +92,6 @@ def test_the_committed_fsdp_settings_are_ones_that_accelerate_knows():
     assert config.fsdp_config["fsdp_version"] == 2
 
 
-def test_a_sharded_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
-    """train.py with FSDP2 in two processes, resumed in three.
-
-    Its log is that of one process on the same questions, and its model loads.
-    """
-    monkeypatch.chdir(tmp_path)
-    train.main([*OPTIONS, "--steps", "3", "--name", "alone"])
-    run_script(tmp_path, 2, "train", *OPTIONS, "--steps", "2", "--name", "sharded")
-    run_script(tmp_path, 3, "train", "--resume", "runs/sharded", "--steps", "3")
-    alone, sharded = tmp_path / "runs" / "alone", tmp_path / "runs" / "sharded"
-    for expected, row in zip(logged(alone), logged(sharded), strict=True):
-        # the run of two steps ended with an evaluation with the hint; the one of three had none
-        # there
-        expected.pop("busy_slots", None)  # each process has slots of its own
-        common = {name: value for name, value in row.items() if name in expected}
-        assert common == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    weights = [
-        AutoModelForImageTextToText.from_pretrained(run / "model").state_dict()
-        for run in (alone, sharded)
-    ]
-    assert_weights_close(weights[1], weights[0], 1e-3)
-
-
 # what a GPU run has and the tests above have not
 HALF_PRECISION = shlex.split("--precision bf16 --gradient-checkpointing --updates 2 --beta-kl 0.1")
 
@@ -123,23 +99,30 @@ HALF_PRECISION = shlex.split("--precision bf16 --gradient-checkpointing --update
 def test_fsdp_bf16_trains_as_one_process_does(tmp_path, monkeypatch, any_precision):
     """accelerate's own policy of mixed precision casts log-probs to bfloat16: the run ended there.
 
-    Two updates on a rollout, vision tower trained. One process goes on from the checkpoint of two.
+    Two updates on a rollout, vision tower trained, two processes; three go on from their
+    checkpoint. The log is that of one process, and the model loads.
     """
     monkeypatch.chdir(tmp_path)
     options = [*OPTIONS, *HALF_PRECISION]
-    train.main([*options, "--steps", "2", "--name", "alone"])
+    train.main([*options, "--steps", "4", "--name", "alone"])
     words = ("train", *options, "--steps", "2", "--name", "sharded")
     run_script(tmp_path, 2, *words, torchrun=True)
-    alone, sharded = logged(tmp_path / "runs" / "alone"), logged(tmp_path / "runs" / "sharded")
-    assert len(sharded) == 3
-    for expected, row in zip(alone[1:], sharded[1:], strict=True):
+    run_script(tmp_path, 3, "train", "--resume", "runs/sharded", "--steps", "4")
+    alone, sharded = tmp_path / "runs" / "alone", tmp_path / "runs" / "sharded"
+    assert [row["step"] for row in logged(sharded)] == [0, 1, 2, 3, 4]
+    for expected, row in zip(logged(alone)[1:], logged(sharded)[1:], strict=True):
         for name in ("reward", "tutored", "length", "tutor_loss", "entropy", "grad_norm"):
-            assert row[name] == pytest.approx(expected[name], rel=0.02), name
-    first_step = sharded[1]
-    assert first_step["kl"] < 2e-5, "student and reference start equal"
-    assert first_step["ratio_max"] < 2e-6, "old log-probs are scored as the update scores"
-    run_script(tmp_path, 1, "train", "--resume", "runs/sharded", "--steps", "4")
-    assert [row["step"] for row in logged(tmp_path / "runs" / "sharded")] == [0, 1, 2, 3, 4]
+            assert row[name] == pytest.approx(expected[name], rel=0.03), name
+    for first_of_rollout in (logged(sharded)[1], logged(sharded)[3]):
+        assert first_of_rollout["ratio_max"] < 2e-6, "old log-probs are scored as the update scores"
+    assert logged(sharded)[1]["kl"] < 2e-5, "student and reference start equal"
+    weights = [
+        AutoModelForImageTextToText.from_pretrained(run / "model").state_dict()
+        for run in (alone, sharded)
+    ]
+    largest_change = 4 * 1e-4  # four steps of AdamW; noise decides the sign of small gradients
+    for name, value in weights[0].items():
+        assert (weights[1][name] - value).abs().mean() <= 0.2 * largest_change, name
 
 
 @pytest.mark.parametrize("kind", hub.KINDS)

@@ -1,8 +1,8 @@
-"""Run by test_models.py, alone and under torchrun; the main process saves what came out.
+"""Run by test_models.py in several processes; the main one saves what came out.
 
-python tests/two_processes.py OUT            the gradient of one step over fixed responses
-python tests/two_processes.py OUT fsdp       three steps, a checkpoint and samples, sharded
-python tests/two_processes.py train OPTIONS  train.py with FSDP2 on a CPU
+tests/two_processes.py OUT            the gradient of one step over fixed responses
+tests/two_processes.py OUT fsdp       three steps, a checkpoint and samples, sharded
+tests/two_processes.py train OPTIONS  train.py with FSDP2 on a CPU
 """
 
 import os
