@@ -59,12 +59,12 @@ def signal_while_sampling(call: int) -> None:
     def watched(*args, watch, **settings):
         calls.append(True)
 
-        def look(*numbers):
-            if len(calls) == call and numbers[0] and os.environ["RANK"] == "1":
+        def noted(look):
+            if len(calls) == call and look.tokens and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
-            watch(*numbers)
+            watch(look)
 
-        return sample_groups(*args, watch=look, **settings)
+        return sample_groups(*args, watch=noted, **settings)
 
     engine.sample_groups = watched
 

@@ -41,10 +41,14 @@ def run_script(folder, processes, *args, torchrun=False):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def in_two(folder, *args):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
     """What tests/two_processes.py saves in two processes."""
-    run_script(folder, 2, "both", *args)
-    return torch.load(folder / "both")
+    folder = tmp_path_factory.mktemp("two")
+    run_script(folder, 2, "out")
+    saved = torch.load(folder / "out")
+    assert saved["processes"] == 2
+    return saved
 
 
 def assert_weights_close(ours, expected, rtol):
@@ -54,35 +58,33 @@ def assert_weights_close(ours, expected, rtol):
         assert (ours[name] - value).abs().max() <= rtol * value.abs().max(), name
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
+def test_two_processes_give_the_gradient_of_one(two):
     """gloo, with other numbers of tutored tokens per process; in case "one" a process has none."""
-    two = in_two(tmp_path)
-    assert two["processes"] == 2
-    one = two_processes.gradients(two_processes.make_trainer())
+    one, both = two_processes.gradients(two_processes.make_trainer()), two["ddp"]
     for case in ("unequal", "one"):
         assert one[case]["parts"]["kl"] > 0
-        assert_close(two[case]["grads"], one[case]["grads"], 1e-5)
-        assert two[case]["parts"] == pytest.approx(one[case]["parts"], rel=1e-5, abs=1e-9)
+        assert_close(both[case]["grads"], one[case]["grads"], 1e-5)
+        assert both[case]["parts"] == pytest.approx(one[case]["parts"], rel=1e-5, abs=1e-9)
 
 
-def test_two_sharded_processes_do_three_steps_as_one_does(tmp_path):
+def test_two_sharded_processes_do_three_steps_as_one_does(two, tmp_path):
     """FSDP2 over gloo, student and reference sharded.
 
     One process has nothing to tutor and fewer micro-batches; the other has no image in one of its
     questions. Losses, weights, what the trained student samples, and a checkpoint.
     """
-    two = in_two(tmp_path, "fsdp")
+    both = two["fsdp"]
     trainer = two_processes.make_trainer(**two_processes.SHARDED_RUN)
     one = two_processes.sharded_run(trainer, str(tmp_path / "alone"))
     assert not one["sharded"]
-    assert two["sharded"] == [4, 4]  # three layers and the root
-    for alone, sharded in zip(one["parts"], two["parts"], strict=True):
+    assert both["sharded"] == [4, 4]  # three layers and the root
+    for alone, sharded in zip(one["parts"], both["parts"], strict=True):
         assert sharded == pytest.approx(alone, rel=1e-4, abs=1e-6)
     # Adam magnifies noise in small gradients
-    assert_weights_close(two["weights"], one["weights"], 1e-4)
-    assert two["responses"] == one["responses"]
-    assert two["evaluation"] == one["evaluation"]
-    assert two["loaded"]
+    assert_weights_close(both["weights"], one["weights"], 1e-4)
+    assert both["responses"] == one["responses"]
+    assert both["evaluation"] == one["evaluation"]
+    assert both["loaded"]
 
 
 def test_the_committed_fsdp_settings_are_ones_that_accelerate_knows():

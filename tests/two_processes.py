@@ -1,7 +1,7 @@
 """Run by test_models.py in several processes; the main one saves what came out.
 
-tests/two_processes.py OUT            the gradient of one step over fixed responses
-tests/two_processes.py OUT fsdp       three steps, a checkpoint and samples, sharded
+tests/two_processes.py OUT            "ddp": the gradient of one step over fixed responses; "fsdp":
+                                      three steps, a checkpoint and samples, sharded
 tests/two_processes.py train OPTIONS  train.py with FSDP2 on a CPU
 """
 
@@ -12,6 +12,7 @@ import accelerate
 import torch
 import yaml  # accelerate needs it
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import ROOT, flat, gradient, rollout  # it puts the repository's root on the path
 from torch.distributed.fsdp import FSDPModule
@@ -179,12 +180,14 @@ def save_and_load(trainer, folder: str) -> tuple[dict, bool]:
     return weights, all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def main(out: str, fsdp: bool) -> None:
-    trainer = make_trainer(fsdp, **(SHARDED_RUN if fsdp else {}))
+def main(out: str) -> None:
+    saved = {"ddp": gradients(make_trainer())}
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next trainer is sharded
+    trainer = make_trainer(fsdp=True, **SHARDED_RUN)
     accelerator = trainer.accelerator
-    saved = sharded_run(trainer, out) if fsdp else gradients(trainer)
+    saved |= {"fsdp": sharded_run(trainer, out), "processes": accelerator.num_processes}
     if accelerator.is_main_process:
-        torch.save({**saved, "processes": accelerator.num_processes}, out)
+        torch.save(saved, out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -194,4 +197,4 @@ if __name__ == "__main__":
         runs.Accelerator = sharding_accelerator
         train.main(sys.argv[2:])
     else:
-        main(sys.argv[1], fsdp=sys.argv[2:] == ["fsdp"])
+        main(sys.argv[1])
