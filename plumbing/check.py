@@ -14,15 +14,7 @@ from plumbing.answers import pick_option
 from plumbing.engine import old_log_probs
 from plumbing.images import open_image
 from plumbing.runs import rollout_statistics
-from rollout import (
-    Prompt,
-    Question,
-    Response,
-    encode_prompts,
-    response_states,
-    student_messages,
-    verify,
-)
+from rollout import Prompt, Question, Response, encode_prompts, response_states, verify
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
@@ -158,7 +150,6 @@ def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torc
     images = [(response.prompt.pixels, response.prompt.grid) for response in responses]
     context = trainer.config.teacher_context
     hinted = [teacher_messages(question, context) for question in questions]
-    plain = [student_messages(question) for question in questions]
 
     def states(prompts: list[Prompt]) -> torch.Tensor:
         batch = trainer.collate(responses, prompts=prompts)
@@ -166,7 +157,7 @@ def teacher_views(trainer: Trainer, responses: list[Response]) -> dict[str, torc
 
     return {
         "hint": states(encode_prompts(trainer.processor, questions, hinted, images)),
-        "nothing": states(encode_prompts(trainer.processor, questions, plain, images)),
+        "nothing": states([response.prompt for response in responses]),
         "grey": states(encode_prompts(trainer.processor, grey, hinted)),
     }
 

@@ -73,7 +73,6 @@ class Engine:
         """
         config = self.config
         bar = ResponseBar(len(prompts) * group_size, self.accelerator.is_main_process)
-
         self.looks = []
 
         def watch(look: Look) -> None:
