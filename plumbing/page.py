@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from hints import teacher_messages
 from losses import topk_jsd
-from plumbing.images import open_image
 from plumbing.memory import CPU_SAMPLE_MB
-from plumbing.runs import write_beside
+from plumbing.page_file import image_entries, write_html
+from plumbing.runs import whole_lines
 from plumbing.settings import EMBEDDED
 from rollout import (
     Prompt,
@@ -36,16 +34,17 @@ if TYPE_CHECKING:
     from plumbing.inputs import Inputs
     from train import TrainConfig
 
-TEMPLATE = Path(__file__).resolve().parent / "page.html"
+# drawn over the steps, beside the evaluations
+CURVES = ("all_failed", "informative", "all_correct", "accuracy", "entropy", "length")
 
 
 def write_page(inputs: Inputs, config: TrainConfig, count: int = 6) -> Path:
     """report.html in a finished run's folder: `count` held-out questions, hinted ones first.
 
-    One file, no network. What comes from the data stands in it as JSON without any "<", and the
-    page never reads it as HTML.
+    See `write_html`.
     """
     run = inputs.folder
+    log = [json.loads(line) for line in whole_lines(run / "metrics.jsonl")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision != "no" else torch.float32
     reference, student = (
@@ -61,59 +60,57 @@ def write_page(inputs: Inputs, config: TrainConfig, count: int = 6) -> Path:
         entries.append(entry)
     page = {
         "title": f"PTD-PO, before and after: {run.name}",
-        "settings": settings_line(run, config, len(entries)),
+        "settings": settings_line(log, config, len(entries)),
+        "curves": step_curves(log),
         "questions": entries,
     }
-    data = json.dumps(page).replace("<", "\\u003c")
-    write_beside(run / "report.html", TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data))
-    return run / "report.html"
+    return write_html(run / "report.html", "report.html", page)
 
 
-def settings_line(run: Path, config: TrainConfig, count: int) -> str:
-    """What was trained, and how it went, in two sentences."""
-    log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in log]
-    plain = [row["eval_plain"] for row in rows if "eval_plain" in row]
+def settings_line(log: list[dict], config: TrainConfig, count: int) -> str:
+    """What was trained, and how it went, in two sentences. log: the rows of metrics.jsonl."""
+    plain = [row["eval_plain"] for row in log if "eval_plain" in row]
     model = "toy/base" if config.model == EMBEDDED else config.model
     temperature = config.eval_temperature
     sampling = f"temperature {temperature}" if temperature else "greedy"
     return (
-        f"{model}; {rows[-1]['step']} steps; lam {config.lam}, tau {config.tau}, "
+        f"{model}; {log[-1]['step']} steps; lam {config.lam}, tau {config.tau}, "
         f"K {config.jsd_k}, lr {config.lr}. Held-out questions, plain prompt, {sampling}: "
         f"{100 * plain[0]:.1f} % right before, {100 * plain[-1]:.1f} % after. Below: the first "
         f"{count} of them, sampled at temperature {config.temperature}."
     )
 
 
+def step_curves(log: list[dict]) -> dict[str, list[list]]:
+    """What the page draws over the steps: name -> [step, value]; {} of fewer than two steps.
+
+    Runs of earlier versions did not log "informative".
+    """
+    steps = [
+        {"informative": 1 - row["all_failed"] - row["all_correct"], **row}
+        for row in log
+        if "entropy" in row  # the row of step 0 is an evaluation alone
+    ]
+    if len(steps) < 2:
+        return {}
+    curves = {name: logged_points(steps, name) for name in CURVES}
+    return {**curves, "eval_plain": logged_points(log, "eval_plain")}
+
+
+def logged_points(log: list[dict], name: str) -> list[list]:
+    """[step, value] of the rows that log this name. JSON has no NaN: such values are left out."""
+    return [[row["step"], row[name]] for row in log if math.isfinite(row.get(name, math.nan))]
+
+
 def question_entry(question: Question) -> dict:
     """A question as the page shows it, without its responses."""
-    boxes = question.boxes if question.hint and question.boxes else [[] for _ in question.images]
     return {
         "id": question.id,
         "family": question.family,
         "question": question.text,
         "answer": question.answer,
-        "images": [
-            image_entry(open_image(image), image_boxes)
-            for image, image_boxes in zip(question.images, boxes, strict=True)
-        ],
+        "images": image_entries(question),
         "hint": question.hint and asdict(question.hint),
-    }
-
-
-def image_entry(image: Image.Image, boxes: list) -> dict:
-    """A small copy of the image, inside the page, and the boxes as shares of its size."""
-    width, height = image.size
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((448, 448))
-    small.save(file, "PNG")
-    return {
-        "src": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
-        "width": max(224, small.width),
-        "boxes": [
-            [left / width, top / height, right / width, bottom / height]
-            for left, top, right, bottom in boxes
-        ],
     }
 
 

@@ -103,13 +103,19 @@ def write_beside(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def whole_lines(log: Path) -> list[str]:
+    """The lines of a log, but for a last one without its end; none where there is no file yet."""
+    if not log.exists():
+        return []
+    with log.open(encoding="utf-8") as file:  # TRAP: str.splitlines would split at U+2028 too
+        return [line for line in file if line.endswith("\n")]
+
+
 def cut_log(log: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line without its end."""
-    if not log.exists():  # the run stopped before the first line of it
-        return
-    with log.open(encoding="utf-8") as file:  # TRAP: str.splitlines would split at U+2028 too
-        whole = [line for line in file if line.endswith("\n")]
-    write_beside(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    kept = [line for line in whole_lines(log) if json.loads(line)["step"] <= step]
+    if kept or log.exists():  # no file: the run stopped before its first line
+        write_beside(log, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -443,8 +449,9 @@ def evaluation_row(both: dict) -> dict:
 def rollout_statistics(groups: list[list[Response]], config: TrainConfig) -> dict[str, float]:
     """What the log says of a rollout: shares of its responses, mean reward and length.
 
-    untaught: the question has nothing for the teacher to read. all_failed, all_correct: the
-    response belongs to such a group.
+    untaught: the question has nothing for the teacher to read. all_failed, informative,
+    all_correct: the response belongs to such a group (paper, Eq. 5 and figure 2); in an informative
+    one some responses are correct and some fail. The three shares sum to 1.
     """
     responses = [response for group in groups for response in group]
     rewards = torch.tensor([response.reward for response in responses])
@@ -454,6 +461,7 @@ def rollout_statistics(groups: list[list[Response]], config: TrainConfig) -> dic
         "reward": rewards.sum(),
         "accuracy": correct.sum(),
         "all_failed": (~correct).all(1).sum() * config.group_size,
+        "informative": (correct.any(1) & ~correct.all(1)).sum() * config.group_size,
         "all_correct": correct.all(1).sum() * config.group_size,
         "tutored": sum(response.tutored for response in responses),
         "untaught": contexts.count(None) * config.group_size,

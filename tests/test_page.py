@@ -14,13 +14,22 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import train
-from hints import teacher_messages
+from hints import Hint, teacher_messages
 from losses import topk_jsd
 from plumbing.data import load_questions
 from plumbing.inputs import read_inputs
-from plumbing.page import explain
+from plumbing.page import CURVES, explain, step_curves
+from plumbing.runs import rollout_statistics
 from plumbing.settings import EMBEDDED
-from rollout import banned_tokens, encode_prompts, sample_groups, student_messages, verify
+from rollout import (
+    Question,
+    Response,
+    banned_tokens,
+    encode_prompts,
+    sample_groups,
+    student_messages,
+    verify,
+)
 from toy import world
 from toy.settings import SETTINGS
 
@@ -116,6 +125,55 @@ def test_a_long_response_is_cut(finished, models):
     assert cut["more"] == len(whole) - 9
 
 
+# ----------------------------------------------------------------------------------- over the steps
+def test_the_curves_are_those_of_the_log(finished):
+    lines = (finished.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    curves = finished.data["curves"]
+    assert [row["step"] for row in log] == [0, 1, 2]
+    for name in CURVES:
+        assert curves[name] == [[row["step"], row[name]] for row in log[1:]]
+    assert curves["eval_plain"] == [[row["step"], row["eval_plain"]] for row in log]
+
+
+def test_the_three_shares_of_groups_in_the_log():
+    question = Question("a", "How many?", "3", [], Hint(look=("here",)))
+    prompt = SimpleNamespace(question=question)
+    verdicts = ["000", "000", "111", "010", "110", "100", "000", "111"]
+    groups = [
+        [Response(prompt, [1], "", False, correct=verdict == "1") for verdict in group]
+        for group in verdicts
+    ]
+    row = rollout_statistics(groups, SimpleNamespace(group_size=3, teacher_context="hint"))
+    assert (row["all_failed"], row["informative"], row["all_correct"]) == (3 / 8, 3 / 8, 2 / 8)
+
+
+LOG = [
+    {"step": 0, "eval_plain": 0.25, "eval_hinted": 0.5},
+    {"step": 1, "all_failed": 0.5, "all_correct": 0.125, "accuracy": 0.25},
+    {"step": 2, "all_failed": 0.25, "informative": 0.5, "all_correct": 0.25, "eval_plain": 0.75},
+]
+for row in LOG[1:]:
+    row |= {"entropy": 0.5 * row["step"], "length": 20.0}
+
+
+def test_curves_of_a_log_of_an_earlier_version():
+    curves = step_curves(LOG)
+    assert curves["all_failed"] == [[1, 0.5], [2, 0.25]]
+    assert curves["informative"] == [[1, 0.375], [2, 0.5]]
+    assert curves["all_correct"] == [[1, 0.125], [2, 0.25]]
+    assert curves["accuracy"] == [[1, 0.25]]
+    assert curves["eval_plain"] == [[0, 0.25], [2, 0.75]]
+    assert curves["entropy"] == [[1, 0.5], [2, 1.0]]
+    assert "informative" not in LOG[1]  # the log stays as it is
+
+
+def test_what_cannot_be_drawn_is_left_out():
+    assert step_curves(LOG[:2]) == {}  # one step is no curve
+    broken = [*LOG[:2], {**LOG[2], "entropy": float("nan")}]
+    assert step_curves(broken)["entropy"] == [[1, 0.5]]  # JSON has no NaN
+
+
 # ----------------------------------------------------------------------------------- a finished run
 def test_the_same_page_from_the_folder_alone(finished):
     before = sorted(finished.run.rglob("*"))
@@ -162,6 +220,7 @@ def test_the_page_reads_nothing_from_the_data_as_html(tmp_path, monkeypatch):
     assert html.count("<script") == html.count("</script") == 2
     assert "<img" not in html
     assert "<!--" not in html
+    assert data["curves"] == {}  # of one step
     hinted, plain = data["questions"]  # hinted ones first
     assert (hinted["id"], plain["id"]) == ("2", HOSTILE)
     assert hinted["hint"]["look"] == [HOSTILE]
