@@ -27,7 +27,7 @@ from plumbing.runs import (
 )
 from plumbing.settings import THIS_RUN, make_parser, read_settings
 from plumbing.stopping import Stopped, interrupt_in_one_line
-from plumbing.study import audit
+from plumbing.study import finished_rows, study
 
 
 @interrupt_in_one_line()
@@ -53,8 +53,9 @@ def run_command(
                 f"--report {inputs.folder}: there is no trained model in it; is the run finished?"
             )
         checkpoints = Checkpoints(accelerator, inputs.folder, config.keep)
+        studied = finished_rows(inputs, config) if config.study_hints else {}
         checkpoint, state = None, None
-        if config.resume and not page_only:
+        if config.resume and not (page_only or config.study_hints):
             checkpoint, state = checkpoints.newest(inputs.stream, config)
     except ValueError as error:
         parser.error(str(error))
@@ -74,12 +75,13 @@ def run_command(
     except ValueError as error:
         parser.error(str(error))
     accelerator.print(f"{describe(student, config, accelerator)}\n{inputs.note}")
-    trainer = trainer_class(
-        config, accelerator, inputs.processor, student, reference, inputs.same_answer
-    )
+    judge = inputs.same_answer
+    trainer = trainer_class(config, accelerator, inputs.processor, student, reference, judge)
     del student, reference
-    if config.audit_hints or config.check:
-        return inspect(trainer, inputs)
+    if config.study_hints:
+        return study(trainer, inputs, studied)
+    if config.check:
+        return check_machinery(trainer, inputs)
     run_loop(trainer, loop, inputs, checkpoints, checkpoint, state)
     if config.report:
         accelerator.free_memory(trainer)  # the page loads its own two models
@@ -97,10 +99,8 @@ def too_large(config, accelerator) -> str | None:
     return what_to_change(config, gpus, accelerator.mixed_precision == "bf16", free)
 
 
-def inspect(trainer, inputs: Inputs) -> None:
-    """--audit-hints or --check: print a table and write nothing."""
-    if trainer.config.audit_hints:
-        return trainer.accelerator.print(audit(trainer, inputs.stream))
+def check_machinery(trainer, inputs: Inputs) -> None:
+    """--check: print a table and write nothing."""
     all_right, table = check(trainer, inputs.stream)
     trainer.accelerator.print(table)
     sys.exit(0 if all_right else 1)

@@ -193,10 +193,16 @@ class RunConfig:
         "no training: is the machinery right for this model and these questions? Run it before "
         "any long run",
     )
-    audit_hints: bool = option(
+    study_hints: bool = option(
         False,
-        "no training: how often the frozen model is right from hints without the picture, on "
-        "--eval-questions",
+        "no training: what do the hints do to the frozen model? Do they leak, move nothing, act "
+        "like solutions, or help? A table and a page (paper: figures 2, 3, 5)",
+    )
+    study_questions: int = option(
+        128, "questions of --study-hints, the first ones of a run (paper: 384)", at_least=2
+    )
+    study_samples: int = option(
+        16, "responses per question and context of --study-hints (paper: 16)", at_least=2
     )
     plan: int = option(
         0,

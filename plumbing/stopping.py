@@ -58,7 +58,9 @@ class StopSignals:
         """The handler of both signals."""
         if not self.number:
             self.number, self.noted_at = int(number), time.monotonic()
-            self.write(f"{signal_name(number)}: stopping soon, with a checkpoint; again: at once")
+            self.write(
+                f"{signal_name(number)}: stopping soon, and keeping what is done; again: at once"
+            )
         elif time.monotonic() - self.noted_at > SAME_REQUEST_SECONDS:
             self.write(f"{signal_name(number)} again: stopped at once, without a checkpoint")
             with contextlib.suppress(RuntimeError):  # the signal came while stdout was written

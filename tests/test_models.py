@@ -84,7 +84,21 @@ def test_two_sharded_processes_do_three_steps_as_one_does(two, tmp_path):
     assert_weights_close(both["weights"], one["weights"], 1e-4)
     assert both["responses"] == one["responses"]
     assert both["evaluation"] == one["evaluation"]
+    assert_same_study(both["study"], one["study"])
     assert both["loaded"]
+
+
+def assert_same_study(rows, expected):
+    assert rows.keys() == expected.keys()
+    for name, row in expected.items():
+        for context, numbers in row["contexts"].items():
+            ours = rows[name]["contexts"][context]
+            scores = [numbers.pop("nll"), numbers.pop("kl")]
+            assert [ours.pop("nll"), ours.pop("kl")] == pytest.approx(scores, abs=1e-4)
+            assert ours == numbers
+        assert rows[name]["views"] == row["views"]
+    assert len(expected) == 3
+    assert sum(bool(row["views"]) for row in expected.values()) == 2
 
 
 def test_the_committed_fsdp_settings_are_ones_that_accelerate_knows():

@@ -24,7 +24,10 @@ from plumbing.slow_motion import main as slow_motion
 INSTALL = "python -m pip install -r requirements.txt && "
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
-FEW = shlex.split("--steps 1 --questions 2 --group-size 2 --max-new-tokens 6 --eval-questions 2")
+FEW = shlex.split(
+    "--steps 1 --questions 2 --group-size 2 --max-new-tokens 6 --eval-questions 2 "
+    "--study-questions 3 --study-samples 2"
+)
 
 
 def read(path):
@@ -107,7 +110,7 @@ STOPS = {"--help": 0, "--check": 1}  # a random model of 6 tokens per response i
 PRINTED = {
     "--plan": "predicted memory, each of",
     "--check": "ok   the ratio is 1",
-    "--audit-hints": "what the frozen model reads",
+    "--study-hints": "hints leak: no",
     "--help": "--tau",
     "--report": "report.html",
 }

@@ -238,7 +238,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_an_echo_of_the_first()
     assert done.returncode == 130
     assert done.stdout.split() == ["goes", "on", "15"]
     assert done.stderr.split("\n\n") == [
-        "\nSIGTERM: stopping soon, with a checkpoint; again: at once",
+        "\nSIGTERM: stopping soon, and keeping what is done; again: at once",
         "Ctrl-C again: stopped at once, without a checkpoint\n",
     ]
 

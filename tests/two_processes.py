@@ -7,6 +7,7 @@ tests/two_processes.py train OPTIONS  train.py with FSDP2 on a CPU
 
 import os
 import sys
+from types import SimpleNamespace
 
 import accelerate
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import train
 from hints import teacher_messages
-from plumbing import runs
+from plumbing import runs, study
 from plumbing.images import load_processor
 from plumbing.models import build
 from rollout import Response, encode_prompts, student_messages
@@ -139,6 +140,7 @@ def sharded_run(trainer, out: str) -> dict:
     groups = rollout(trainer, questions[rank::world_size])
     texts = [(r.question.id, r.text) for group in groups for r in group]
     texts = accelerate.utils.gather_object(texts)
+    rows = study_rows(trainer)
     evaluation = trainer.evaluate(questions[:3])  # an odd number: one process has more
     evaluation["right"].sort()
     models = (trainer.student, trainer.reference) if world_size > 1 else ()
@@ -149,8 +151,19 @@ def sharded_run(trainer, out: str) -> dict:
         "loaded": loaded,
         "responses": sorted(texts),
         "evaluation": evaluation,
+        "study": rows,
         "sharded": [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in models],
     }
+
+
+def study_rows(trainer) -> dict[str, dict]:
+    """A study of three questions, which is an odd number; one has no hint."""
+    trainer.config.study_samples = 2
+    questions = world.puzzles("tune", 3)
+    questions[1].hint = None
+    rows = {}
+    study.ask_the_rest(trainer, questions, rows, SimpleNamespace(append=lambda *row: None))
+    return rows
 
 
 def responses_of_step(trainer, step: int) -> list[Response]:
