@@ -1,0 +1,120 @@
+r"""The last way to compare two answers: as texts. Operators, signs and relations stay in them."""
+
+from __future__ import annotations
+
+import re
+
+from plumbing.answer_lists import split_outside
+
+YES_OR_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+ARTICLES = ("a", "an", "the")
+DIGIT_OR_COMMAND = re.compile(r"\d|\\")  # what tells a formula from words
+
+_CHINESE_YES_OR_NO = {
+    **dict.fromkeys(("是", "对", "正确", "是的"), "yes"),
+    **dict.fromkeys(("否", "错", "错误", "不正确", "不是", "不对"), "no"),
+}
+
+# A sign that means something, a lone capital's prime, or a hyphen that is a minus: x-y, B-
+_SIGN = re.compile(
+    r"[\d\\=+*/^<>|~%#$€£¥&@_{}\[\]]|[^\W\d_]\(|\b[^\W\d_]'(?![^\W\d_]{2})|\b[A-Za-z]!"
+    r"|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_]-[^\W\d_]\b"
+)
+_PUNCTUATION = re.compile(r"[^\w\s'-]+")
+_APOSTROPHE = re.compile(r"['_]")
+
+
+def same_text(given: str, gold: str) -> bool:
+    """Equal words or equal formulas: "The Cat!" is "cat"; a+b is not a-b. Nothing equals nothing."""
+    if _SIGN.search(given) or _SIGN.search(gold):
+        given, gold = formula_text(given), formula_text(gold)
+        return bool(gold) and (given == gold or _same_sides(given, gold))
+    words, gold_words = plain_words(given), plain_words(gold)
+    if not gold_words:
+        return False
+    if "-" in given or "-" in gold:
+        return _joined(words) == _joined(gold_words)
+    return _verdict(words) == _verdict(gold_words)
+
+
+def _verdict(words: str) -> str:
+    return YES_OR_NO.get(words) or _CHINESE_YES_OR_NO.get(words) or words
+
+
+def _joined(words: str) -> str:
+    return words.replace(" ", "")
+
+
+def plain_words(text: str) -> str:
+    """Words for comparison: "The red-ish cat!" -> "red ish cat".
+
+    An article falls away before a word of at least two letters: "a cat" is "cat", but "vitamin A"
+    keeps its letter, and so does "A or B".
+    """
+    words = _APOSTROPHE.sub("", _PUNCTUATION.sub(" ", text)).split()
+    kept = []
+    for place, word in enumerate(words):
+        is_article = word.casefold() in ARTICLES and (place == 0 or word.islower())
+        following = words[place + 1] if place + 1 < len(words) else ""
+        if not is_article or len(following) < 2 or following.casefold() in ("and", "or"):
+            kept += word.casefold().split("-")
+    return " ".join(kept)
+
+
+# ----------------------------------------------------------------------------------- formulas
+
+_FRACTION = re.compile(r"\\frac ?(?:\{([^{}]*)\}|(\w)) ?(?:\{([^{}]*)\}|(\w))")
+_ROOT = re.compile(r"\\?sqrt ?(?:\{([^{}]*)\}|\(([^()]*)\)|(\w))")
+_ATOM = re.compile(r"\w+|\([^()]*\)")
+_LEADING_ARTICLE = re.compile(r"^(?:the|an?) (?=\S{2,})", re.I)
+_CHARGE = re.compile(r"\^ ?(?:\{ ?(\d*[+-]) ?\}|(\d?[+-])(?=$|[\s)\]]))")
+_SUBSCRIPT = re.compile(r"_ ?(?:\{ ?(\w+) ?\}|(?=\w))")
+_BRACED = re.compile(r"\{ ?(\w+) ?\}(?!\w)")
+_ARGUMENT = re.compile(r"(\\[a-z]{2,6}) ?\((\w{1,3}|\\[a-z]+ ?)\)")  # \sin(x)
+_POINTLESS_STAR = re.compile(r"(?<!\d)\*|\*(?!\d)")
+_BLANK = re.compile(r"(?<=[0-9]) (?=[0-9])|( )")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|(?<=\d) ?[AaPp]\.? ?[Mm]\b")
+_OPERATOR = re.compile(r"[=+*/^<>|\\_{}-]")
+
+
+def formula_text(text: str) -> str:
+    r"""A formula for comparison: "\frac{x}{2} + 1" -> "x/2+1", "\text{H}_{2}O" -> "H2O".
+
+    Small and capital letters are different, but for words and for a text without operators.
+    """
+    text = _CHARGE.sub(r"\1\2", _LEADING_ARTICLE.sub("", text))
+    text = _SUBSCRIPT.sub(lambda index: index[1] or "", text)
+    text = text.casefold() if not _OPERATOR.search(text) else _LONG_WORD.sub(_in_small, text)
+    for _ in range(3):
+        text, changes = _FRACTION.subn(_slashed, text)
+        if not changes:
+            break
+    text = _ROOT.sub(lambda root: f"\\sqrt({root[1] or root[2] or root[3]})", text)
+    text = _ARGUMENT.sub(r"\1 \2", _BRACED.sub(r"\1", text))
+    text = _BLANK.sub(lambda blank: "" if blank[1] else " ", text)
+    text = _POINTLESS_STAR.sub("", text).replace("{", "(").replace("}", ")")
+    return text.replace("p.m", "pm").replace("a.m", "am")
+
+
+def _in_small(match: re.Match) -> str:
+    return match[0].casefold()
+
+
+def _slashed(match: re.Match) -> str:
+    top, bottom = (part.strip() for part in (match[1] or match[2], match[3] or match[4]))
+    return f"{_as_atom(top)}/{_as_atom(bottom)}"
+
+
+def _as_atom(text: str) -> str:
+    return text if _ATOM.fullmatch(text) else f"({text})"
+
+
+_SYMMETRIC = re.compile(r"\\(?:parallel|perp|cong|sim|ne)(?![a-z])|=")
+
+
+def _same_sides(given: str, gold: str) -> bool:
+    r"""One symmetric relation, with its sides exchanged: CD \parallel AB for AB \parallel CD."""
+    split, gold_split = split_outside(given, _SYMMETRIC), split_outside(gold, _SYMMETRIC)
+    if not split or not gold_split or len(split[1]) != 1 or split[1] != gold_split[1]:
+        return False
+    return split[0] == gold_split[0][::-1]
