@@ -119,6 +119,8 @@ def _pick_several(text: str, options: list[str]) -> frozenset[int] | None:
     if letters and all(ord(letter) - ord("A") < len(options) for letter in letters):
         return frozenset(ord(letter) - ord("A") for letter in letters)
     for kind, items in read_lists(text):
+        if len(items) > len(options):
+            continue
         places = [_pick(item, options) for item in items]
         if not kind and None not in places and len(set(places)) == len(places):
             return frozenset(places)
@@ -165,6 +167,8 @@ def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bo
     if len(given) > LONGEST_ANSWER or len(answer) > LONGEST_ANSWER:
         return False
     given, gold = _tidy(given), tidy(unboxed(answer))
+    if max(len(given), len(gold)) > LONGEST_ANSWER:
+        return False  # one sign may become a long command
     if choices:
         verdict = _same_option(given, gold, choices)
         if verdict is not None:
@@ -242,13 +246,13 @@ def _same_ratio(given: str, gold: str, _depth: int) -> bool | None:
 
 
 def _same_time(given: str, gold: str, _depth: int) -> bool | None:
-    gold_time = read_time(gold)
+    gold_time = _time(gold)
     time = gold_time and read_time(given)
     return same_time(time, gold_time) if time else None
 
 
 def _same_date(given: str, gold: str, _depth: int) -> bool | None:
-    gold_date = read_date(gold)
+    gold_date = _date(gold)
     date = gold_date and read_date(given)
     return date == gold_date if date else None
 
@@ -396,6 +400,8 @@ _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]|\\[a-z]+")
 
 _quantity = lru_cache(4096)(read_quantity)
 _parts = lru_cache(4096)(read_parts)
+_time = lru_cache(4096)(read_time)
+_date = lru_cache(4096)(read_date)
 _lists = lru_cache(4096)(read_lists)
 _samples = lru_cache(4096)(sample_formula)
 

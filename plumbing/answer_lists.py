@@ -8,6 +8,7 @@ from plumbing.answer_numbers import Number, read_number
 from plumbing.answer_quantities import same_value
 
 _OPENING, _CLOSING = ("(", "[", "⟨", "{"), (")", "]", "⟩", "}")
+_ANY_BRACKET = re.compile(r"[(\[⟨{)\]⟩}]")
 _SET_BRACES = {"⟨": "{", "⟩": "}"}
 
 
@@ -17,6 +18,8 @@ def split_outside(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]
     "1, (2, 3)" at commas -> ["1", "(2, 3)"], [","]. None where brackets do not match: the halves of
     (1, 2) \cup (3, 4) have no outer pair.
     """
+    if not _ANY_BRACKET.search(text):
+        return _split_at(list(pattern.finditer(text)), text)
     depth = start = place = 0
     parts, signs = [], []
     while place < len(text):
@@ -34,6 +37,13 @@ def split_outside(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]
                 return None
         place += 1
     return ([*parts, text[start:].strip()], signs) if depth == 0 else None
+
+
+def _split_at(matches: list[re.Match], text: str) -> tuple[list[str], list[str]]:
+    ends = [0, *(match.end() for match in matches)]
+    starts = [*(match.start() for match in matches), len(text)]
+    parts = [text[end:start].strip() for end, start in zip(ends, starts, strict=True)]
+    return parts, [match[0].strip() for match in matches]
 
 
 # ------------------------------------------------------------------------ relations and labels
@@ -61,6 +71,7 @@ _NO_LABEL = re.compile(r"\b(?:or|and|not|no|never|isn't|cannot|neither|nor|if|th
 _COPULA = re.compile(r"^(.{0,80}) (?:is|are|equals?|was|were)(?: equal to| about:?)? (?!not\b)", re.I)
 _COLON = re.compile(r"^([A-Za-z][a-z]{2,}[A-Za-z ]{0,60}): ")
 _POINT_NAME = re.compile(r"^([A-Z]'?) ?(?=\([^()]*,)")
+_MAY_HAVE_LABEL = re.compile(r"[a-z]: |[a-z] |[A-Z]'? ?\(")
 _SEPARATOR = re.compile(r"[,;]|\b(?:or|and)\b|[和或]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]?[a-z]{3,}|[\u4e00-\u9fff]")
 _ONE_NAME = re.compile(r"[+*/:-]")
@@ -75,6 +86,8 @@ def split_label(text: str) -> tuple[str, str]:
     relation = read_relation(text)
     if relation:
         return _label_of_relation(text, *relation)
+    if not _MAY_HAVE_LABEL.search(text):
+        return "", text
     for pattern in (_COPULA, _COLON, _POINT_NAME):
         match = pattern.match(text)
         if match and _is_label(match[1]):
@@ -131,6 +144,7 @@ _AND = re.compile(r"(?:, ?| )?(?:\band\b|&|和|与|及) ?", re.I)
 _OR = re.compile(r"(?:, ?| )?(?:\bor\b|或者?) ?", re.I)
 _PLUS_MINUS = re.compile(r"\\pm(?![a-zA-Z])")
 _MINUS_PLUS = re.compile(r"\\mp(?![a-zA-Z])")
+_LISTED = re.compile(r"[,;&和与及或]|\\pm|\b(?:and|or)\b", re.I)
 _HEDGED = re.compile(r"[\d\\=]")
 
 List = tuple[str, list[str]]  # the brackets, "" for a bare list, and the elements
@@ -143,6 +157,8 @@ def read_lists(text: str) -> list[List]:
     "1,200" is a list of two, and "1,200, 5" is a list of three or of two. Inside of brackets each
     comma separates. Words with "or" between them are no list: they hedge.
     """
+    if not _LISTED.search(text):
+        return []
     kind, inside = _brackets(text)
     if not kind:
         inside = _AND.sub(", ", inside)

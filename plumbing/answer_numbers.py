@@ -36,6 +36,7 @@ Number = Fraction | float
 Tokens = list[str]
 
 
+_PLAIN_NUMBER = re.compile(r" ?(-?\d{1,20}(?:\.\d{1,20})?) ?")
 _COMMA_IN_BRACKETS = re.compile(r"[(\[][^()\[\]]*,")
 
 # 0.\overline{3} and 0.1\dot{6}: the whole part, the digits before the period, the period
@@ -57,6 +58,9 @@ def to_number(text: str) -> Number | None:
 
 def read_number(text: str) -> Number | None:
     """As to_number, for a text that is tidy already and has no name before it."""
+    plain = _PLAIN_NUMBER.fullmatch(text)
+    if plain:
+        return Fraction(plain[1])
     if "," in text and _COMMA_IN_BRACKETS.search(text):
         return None  # (1,200) is a pair
     if "." in text and "\\" in text:

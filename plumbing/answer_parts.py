@@ -16,6 +16,7 @@ _PLAIN_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _BEFORE = re.compile(r"(?:from |between )?(-?) ?(?:[$€£¥₹] ?)?", re.I)
 _BETWEEN = re.compile(r" ?([^\d:/*+^()=<>\\]*?) ?(-|:|/|\bto\b|\buntil\b|至|到) ?(-?)[$€£¥₹]? ?", re.I)
 _AND = re.compile(r" ?([^\d:/*+^()=<>\\]*?) ?\b(and) ?(-?)[$€£¥₹]? ?", re.I)
+_HAS_SEPARATOR = re.compile(r"(?<!^)-|/|to\b|until|至|到|and\b")
 _SAME_SEPARATOR = {"to": "-", "until": "-", "至": "-", "到": "-", "and": "-"}
 
 # the separator, the numbers, and the unit: its text where no table knows it
@@ -27,6 +28,8 @@ def read_parts(text: str) -> Parts | None:
 
     A fraction, 3/4, is no such thing, nor is a ratio, 3:4.
     """
+    if not _HAS_SEPARATOR.search(text):
+        return None
     numbers = list(_PLAIN_NUMBER.finditer(text))
     if not 2 <= len(numbers) <= 6:
         return None

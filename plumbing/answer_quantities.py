@@ -62,7 +62,7 @@ _HEAD = re.compile(
 )
 _CURRENCY = re.compile(r"([-+]?) ?(US\$|USD|EUR|RMB|Rs\.?|[$€£¥₹₩]) ?([-+]?)(?=[\d.])")
 _DECIMAL = re.compile(r"[-+]?[\d,]*\.(\d+)")
-_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d{1,2})(?!\d)")
+_DECIMAL_COMMA = re.compile(r"^([-+]?\d{1,9}),(\d{1,2})(?!\d)")
 _INTRODUCTION = re.compile(
     r"(?:there (?:are|is)|it is|it's|they are|a total of|total of|in total|exactly)(?: a total of)? ",
     re.I,
@@ -164,11 +164,14 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") else word
 
 
-_PART = re.compile(r"(\d+(?:\.\d+)?) ?([a-zA-Z]+|[\u4e00-\u9fff]+)(?:,? and |,? )?")
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([a-zA-Z]{1,12}|[\u4e00-\u9fff]{1,3})(?:,? and |,? )?")
+_LONGEST_COMPOUND = 60  # in characters
 
 
 def _compound(text: str) -> Quantity | None:
     """Two or three parts with units of one kind: 1 h 30 min, 5 feet 6 inches, 1小时30分."""
+    if len(text) > _LONGEST_COMPOUND:
+        return None
     parts = _PART.findall(text)
     if not 2 <= len(parts) <= 3 or _PART.sub("", text):
         return None
@@ -243,4 +246,4 @@ def _rounds_to(given: Quantity, gold: Quantity) -> bool:
 
 def with_point(text: str) -> str:
     """A text that begins with a decimal comma with a point instead: "3,5 cm" -> "3.5 cm"."""
-    return _DECIMAL_COMMA.sub(r"\1.\2", text, count=1)
+    return _DECIMAL_COMMA.sub(r"\1.\2", text)

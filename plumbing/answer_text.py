@@ -47,29 +47,43 @@ _PLAIN = str.maketrans(
     }
 )
 
-_SPACING = r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\[,;!: ]|\\q?quad|~"
+Rules = list[tuple[str, re.Pattern, str]]
+
+
+def _rules(*rows: tuple[str, str, str]) -> Rules:
+    """Rules of spelling, each with a text that must occur before its pattern is tried: for speed."""
+    return [(needle, re.compile(pattern), new) for needle, pattern, new in rows]
+
+
+_SPACING = r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\[,;!: ]|\\q?quad"
 _TEXT = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
 
 # Applied in this order.
-_LATEX = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),  # 1\,200
-        (_SPACING, " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:times|cdot)(?![a-z])", "*"),
-        (r"\\div(?![a-z])", "/"),
-        (r"\{,\}", ","),
-        (r"\\%", "%"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees"),
-        (r"\\\{|\\lbrace", "⟨"),  # the braces of a set: from here on { and } only group
-        (r"\\\}|\\rbrace", "⟩"),
-        (_TEXT, r" \1 "),
-        (r"^\s*(?:\$\$|\\\(|\\\[)|(?:\$\$|\\\)|\\\])\s*$", " "),  # $$...$$, \(...\), \[...\]
-        (r"^\s*\$([^$]*)\$\s*$", r"\1"),  # $...$
-        (r"\\\$", "$"),
-    )
-]
+_LATEX = _rules(
+    ("\\", r"(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ""),  # 1\,200
+    ("\\", _SPACING, " "),
+    ("~", r"~", " "),
+    ("frac", r"\\[dtc]frac", r"\\frac"),
+    ("\\", r"\\(?:times|cdot)(?![a-z])", "*"),
+    ("\\div", r"\\div(?![a-z])", "/"),
+    ("{,}", r"\{,\}", ","),
+    ("\\%", r"\\%", "%"),
+    ("\\", r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees"),
+    ("\\", r"\\\{|\\lbrace", "⟨"),  # the braces of a set: from here on { and } only group
+    ("\\", r"\\\}|\\rbrace", "⟩"),
+    ("\\", _TEXT, r" \1 "),
+    ("$$", r"^\s*\$\$|\$\$\s*$", " "),
+    ("\\", r"^\s*(?:\\\(|\\\[)|(?:\\\)|\\\])\s*$", " "),  # \(...\), \[...\]
+    ("$", r"^\s*\$([^$]*)\$\s*$", r"\1"),
+    ("\\$", r"\\\$", "$"),
+)
+
+
+def _apply(rules: Rules, text: str) -> str:
+    for needle, pattern, new in rules:
+        if needle in text:
+            text = pattern.sub(new, text)
+    return text
 
 
 def plain_latex(text: str) -> str:
@@ -78,10 +92,8 @@ def plain_latex(text: str) -> str:
     LaTeX's commands for spacing, text and mathematics mode are gone, Unicode signs are as LaTeX
     writes them, and there are no double blanks.
     """
-    text = text.translate(_PLAIN)
-    for pattern, new in _LATEX:
-        text = pattern.sub(new, text)
-    return " ".join(text.split())
+    text = text if text.isascii() else text.translate(_PLAIN)
+    return " ".join(_apply(_LATEX, text).split())
 
 
 # ------------------------------------------------------------------------------- Unicode's signs
@@ -204,6 +216,7 @@ _OVERLINE = re.compile(r"\\(?:overline|bar)\s*\{([A-Za-z ]{1,6})\}")
 _MATHEMATICS = re.compile(r"(?<!\\)\$\$?(?=\S)([^$]*?)(?<=[^\s\\])\$\$?(?!\d)")
 _WIDE_MATHEMATICS = re.compile(r"^\s*\$\$?([^$]*)\$\$?\s*$")
 _MARKUP = re.compile(r"\*\*|__|`|</?(?:b|i|strong|em|answer|sub)>|\\[()]|\\\[|\\\](?!\d)", re.I)
+_MARKUP_SIGN = re.compile(r"[*_`<\\]")
 
 _ROWS = re.compile(
     r"\\begin\{([pbvBV]?)(?:small)?(?:matrix|array)\}(?:\{[lcr| ]*\})?(.*?)"
@@ -245,8 +258,10 @@ def _one_latex(text: str) -> str:
     """LaTeX in one spelling, beyond what plain_latex does."""
     if "\\begin" in text:
         text = _CASES.sub(_cases_as_list, _ROWS.sub(_matrix_in_brackets, text))
-    text = _MATHEMATICS.sub(r" \1 ", _WIDE_MATHEMATICS.sub(r"\1", text))
-    text = _MARKUP.sub(" ", text)
+    if "$" in text:
+        text = _MATHEMATICS.sub(r" \1 ", _WIDE_MATHEMATICS.sub(r"\1", text))
+    if _MARKUP_SIGN.search(text):
+        text = _MARKUP.sub(" ", text)
     if "\\" in text:
         text = _undressed(_REALS.sub(r"\\R ", text))
         text = _COMMAND.sub(_synonym, text)
@@ -258,58 +273,65 @@ def _one_latex(text: str) -> str:
 # ----------------------------------------------------------------------------- ASCII's spellings
 
 # Applied in this order, to what plain_latex gives.
-_ASCII = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r" ?<=> ?", r" \\iff "),
-        (r"<=|=<|≤", r"\\le "),
-        (r">=|≥", r"\\ge "),
-        (r"!=|=/=|<>|\\not ?=", r"\\ne "),
-        (r"\\not ?>", r"\\ngtr "),
-        (r"\\not ?<", r"\\nless "),
-        (r"\\not ?\\(?=[a-z])", r"\\not"),
-        (r"-+>", r" \\to "),
-        (r"\+/-|\+-(?=[\d\\ ])|\bplus or minus\b", r"\\pm "),
-        (r"(?<=[A-Za-z]) ?(?://|\|\|) ?(?=[A-Za-z])", r" \\parallel "),
-        (r"(?i:\bis )?(?<!\\)\b(?i:parallel)(?i: (?:to|with))? (?=[A-Z])", r" \\parallel "),
-        (r"(?i:\bis )?(?<!\\)\b(?i:perpendicular)(?i: to)? (?=[A-Z])", r" \\perp "),
-        (r"(?<!\\)(?i:\b(?:m ?)?(?:the )?angle )(?=[A-Z]{1,3}\b|\d\b)|\bm ?\\angle ?", r"\\angle "),
-        (r"(?<!\\)(?i:\b(?:the )?triangle )(?=[A-Z]{3}\b)", r"\\triangle "),
-        (r"(?<!\\)(?i:\b[+]?infinity\b)", r"\\infty "),
-        (r"(?i: ?\bper ?cent\b|\bpct\b)", "%"),
-        (r"(?<=\d) [xX] (?=\d)", "*"),
-        (r"(?<=\d) ?[~] ?(?=\d)", "-"),
-        (r"(?<=\d)\{?:\}?(?=\d)|\{:\}", ":"),
-        (r"degrees(?=[CF]\b)", "degrees "),
-        (r"(?<![\w)}\\ ]) ?\+ ?(?=\\infty)", ""),
-        (r"(?<=\w) -(?=[a-z]{3})", "-"),  # \text{the } y\text{-axis}
-        (r"\\(?=[$%&#_])", ""),
-    )
-]
-_ASCII_HINT = re.compile(r"[<>=~|/{\\]|[+]-|->| [xX] |par|perp|angle|infin|cent|pct|plus|degrees[CF]| -", re.I)
+_RELATIONS = _rules(
+    ("<=>", r" ?<=> ?", r" \\iff "),
+    ("=", r"<=|=<", r"\\le "),
+    (">=", r">=", r"\\ge "),
+    ("!=", r"!=", r"\\ne "),
+    ("=/=", r"=/=", r"\\ne "),
+    ("<>", r"<>", r"\\ne "),
+    ("\\not", r"\\not ?=", r"\\ne "),
+    ("\\not", r"\\not ?>", r"\\ngtr "),
+    ("\\not", r"\\not ?<", r"\\nless "),
+    ("\\not", r"\\not ?\\(?=[a-z])", r"\\not"),
+    ("->", r"-+>", r" \\to "),
+    ("+/-", r"\+/-", r"\\pm "),
+    ("+-", r"\+-(?=[\d\\ ])", r"\\pm "),
+    ("//", r"(?<=[A-Za-z]) ?// ?(?=[A-Za-z])", r" \\parallel "),
+    ("||", r"(?<=[A-Za-z]) ?\|\| ?(?=[A-Za-z])", r" \\parallel "),
+    (":", r"(?<=\d)\{?:\}?(?=\d)|\{:\}", ":"),
+    ("degrees", r"degrees(?=[CF]\b)", "degrees "),
+    (" -", r"(?<=\w) -(?=[a-z]{3})", "-"),  # \text{the } y\text{-axis}
+    ("infty", r"(?<![\w)}\\ ]) ?\+ ?(?=\\infty)", ""),
+    ("\\", r"\\(?=[$%&#_])", ""),
+)
+_WORDS = _rules(
+    ("", r"\b(?i:plus or minus)\b", r"\\pm "),
+    ("", r"(?i:\bis )?(?<!\\)\b(?i:parallel)(?i: (?:to|with))? (?=[A-Z])", r" \\parallel "),
+    ("", r"(?i:\bis )?(?<!\\)\b(?i:perpendicular)(?i: to)? (?=[A-Z])", r" \\perp "),
+    ("", r"(?<!\\)(?i:\b(?:m ?)?(?:the )?angle )(?=[A-Z]{1,3}\b|\d\b)", r"\\angle "),
+    ("", r"\bm ?\\angle ?", r"\\angle "),
+    ("", r"(?<!\\)(?i:\b(?:the )?triangle )(?=[A-Z]{3}\b)", r"\\triangle "),
+    ("", r"(?<!\\)(?i:\b[+]?infinity\b)", r"\\infty "),
+    ("", r"(?i: ?\bper ?cent\b|\bpct\b)", "%"),
+    ("", r"(?<=\d) [xX] (?=\d)", "*"),
+)
+_HAS_WORDS = re.compile(r"parallel|perpend|angle|infinity|per ?cent|pct|plus or|\d x \d", re.I)
 _TIE = re.compile(r"(?<=\d)\s?~\s?(?=\d)")
 _SIMILAR = re.compile(r"(?<=[A-Z]) ~ ?(?=[A-Z\\])")
 
-_QUOTES = (("'", "'"), ('"', '"'), ("``", "''"))
+
+_PLAIN_ALREADY = re.compile(r"[\d.,() -]+|[A-Za-z]{1,2}|[(]?[A-Za-z][).]?|\d+ [a-z]{1,3}")
 
 
 def tidy(text: str) -> str:
     """One answer in one spelling, without quotes around it and without a final stop."""
+    if _PLAIN_ALREADY.fullmatch(text):  # most answers: a number, a letter, a word
+        return _without_stop(" ".join(text.split()))
     if not text.isascii():
         text = _ascii_signs(text)
-    text = _TIE.sub("-", text)
-    text = _SIMILAR.sub(r" \\sim ", text)
-    text = plain_latex(_one_latex(text))
-    if _ASCII_HINT.search(text):
-        for pattern, new in _ASCII:
-            text = pattern.sub(new, text)
+    if "~" in text:
+        text = _SIMILAR.sub(r" \\sim ", _TIE.sub("-", text))
+    text = _apply(_RELATIONS, plain_latex(_one_latex(text)))
+    if _HAS_WORDS.search(text):
+        text = _apply(_WORDS, text)
     return _without_stop(" ".join(text.split()))
 
 
 def _without_stop(text: str) -> str:
     """The text without a final stop and quotes around it; "12!" and "n!" keep their sign."""
-    text = text.rstrip(".,;: ").lstrip(".: ") if not text.startswith(".") else text.rstrip(".,;: ")
-    if text.endswith("!") and text[-3:-1].isalpha() and len(text) > 3:
+    text = text.strip().rstrip(".,;: ").lstrip(": ")
+    if text.endswith("!") and text[-3:-1].isalpha():
         text = text.rstrip("!")
     if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1].strip(".,;: ")
