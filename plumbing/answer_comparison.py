@@ -44,27 +44,27 @@ _LETTER = re.compile(
          [ ]? :? [ ]? (?:is[ ]|为|是)? (?:option[ ]|choice[ ])? )
     [(\[]? [ ]? ([A-Za-z]) [ ]? [)\]]?
     (?i: [ ]is[ ](?:the[ ])? (?:correct|right|best)? [ ]? (?:answer|option|choice)? )?
-    (?: (?: [.:),] | (?<=[)\]]) | [ ]- ) [ ]? (.*) )?                # what follows the letter
+    (?: (?: [.:)] | (?<=[)\]]) | [ ]- ) [ ]? (.*) )?                # what follows the letter
     $
     """,
     re.VERBOSE | re.DOTALL,
 )
 _LONE_CAPITAL = re.compile(r"[(\[]?[A-Z][)\]]?")
 _LETTER_BEHIND = re.compile(r"(.+?) ?\(([A-Z])\)$")
+_LETTER_COMMA = re.compile(r"^([A-Z]), (?=\S{2})")  # C、14 cm
 _FURTHER_OPTION = re.compile(r"(?:^|[\s,;(])[A-Z][).:]")
 
 
 def _letter(text: str) -> tuple[str, str] | None:
     """An option's letter and what follows it; None for anything else, several options included.
 
-    Examples: "(B)", "option b" and "B is correct" -> "B", ""; "B: 12 cm" -> "B", "12 cm".
+    Examples: "(B)", "option b" and "B is correct" -> "B", ""; "B: 12 cm" and "12 cm (B)" -> "B",
+    "12 cm".
     """
-    behind = _LETTER_BEHIND.match(text)
-    if behind and not _LONE_LETTER.fullmatch(behind[1]):
-        return behind[2], behind[1]
     match = _LETTER.match(text)
     if not match:
-        return None
+        behind = _LETTER_BEHIND.match(text)
+        return (behind[2], behind[1]) if behind else None
     letter, following = match[1].upper(), match[2] or ""
     if _FURTHER_OPTION.search(following) or _LONE_CAPITAL.fullmatch(following.strip()):
         return None
@@ -94,7 +94,7 @@ def pick_option(text: str, choices: list[str]) -> int | None:
 
 
 def _pick(text: str, options: list[str]) -> int | None:
-    named = _letter(text)
+    named = _letter(_LETTER_COMMA.sub(r"\1. ", text))
     if named is not None:
         letter, following = named
         place = ord(letter) - ord("A")
@@ -308,7 +308,7 @@ def _same_list(one: tuple, gold_one: tuple, depth: int) -> bool:
     """Equal elements: (1, 2) is (1, 2), not (2, 1); {1, 2} is {2, 1} and 2, 1.
 
     A set and a bare list may stand for each other; otherwise the brackets must be the same. But
-    "x = 1, y = 2" may stand for (1, 2) and for "1, 2", in this order.
+    "x = 1, y = 2" may stand for (1, 2) and for "1, 2": its names are put in order.
     """
     (kind, items), (gold_kind, gold_items) = one, gold_one
     if len(items) != len(gold_items):
@@ -317,17 +317,18 @@ def _same_list(one: tuple, gold_one: tuple, depth: int) -> bool:
     def same(item: str, gold_item: str) -> bool:
         return _same(_unwrapped(item), _unwrapped(gold_item), depth)
 
-    if _names_its_items(items) != _names_its_items(gold_items) and {kind, gold_kind} <= {"", "()"}:
-        unordered = False
-    elif kind in _UNORDERED and gold_kind in _UNORDERED:
-        unordered = True
-    elif kind != gold_kind:
-        return False
+    named, gold_named = _names_its_items(items), _names_its_items(gold_items)
+    if named != gold_named:
+        items = sorted(items) if named else items
+        gold_items = sorted(gold_items) if gold_named else gold_items
+        in_order = {kind, gold_kind} <= {"", "()"}
     else:
-        unordered = kind in _UNORDERED
-    if unordered:
-        return _same_set(_unnumbered(items), _unnumbered(gold_items), same)
-    return all(same(*pair) for pair in zip(items, gold_items, strict=True))
+        in_order = kind == gold_kind and kind not in _UNORDERED
+    if in_order:
+        return all(same(*pair) for pair in zip(items, gold_items, strict=True))
+    if named != gold_named or {kind, gold_kind} - set(_UNORDERED):
+        return False
+    return _same_set(_unnumbered(items), _unnumbered(gold_items), same)
 
 
 _SINGLE = re.compile(r"\[([^\[\],]*)\]")

@@ -215,6 +215,8 @@ def same_quantity(given: Quantity, gold: Quantity) -> bool:
         if kind != gold_kind:
             return False
         given = replace(given, value=given.value * (worth / gold_worth))
+    elif (gold.percent or given.percent) and (gold.unit or given.unit):
+        return False  # 20 % is not 0.2 A
     elif (gold.unit and given.noun) or (gold.noun and given.unit):
         return False
     elif gold.noun and given.noun and not (gold.noun <= given.noun or given.noun <= gold.noun):

@@ -104,7 +104,7 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("‐‑‒―﹣", "-"),
         **dict.fromkeys("º˚∘", "°"),
         **dict.fromkeys("∙•∗✕✖", "*"),
-        **dict.fromkeys("、،", ","),
+        **dict.fromkeys("、،", ", "),
         **dict.fromkeys("「」『』《》", '"'),
         **dict.fromkeys("∶∷", ":"),
         **dict.fromkeys("∥‖", " \\parallel "),

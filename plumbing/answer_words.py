@@ -18,7 +18,7 @@ _CHINESE_YES_OR_NO = {
 # A sign that means something, a lone capital's prime, or a hyphen that is a minus: x-y, B-
 _SIGN = re.compile(
     r"[\d\\=+*/^<>|~%#$€£¥&@_{}\[\]]|[^\W\d_]\(|\b[^\W\d_]'(?![^\W\d_]{2})|\b[A-Za-z]!"
-    r"|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_]-[^\W\d_]\b"
+    r"|\b[^\W\d_] ?: ?[^\W\d_]\b|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_]-[^\W\d_]\b"
 )
 _PUNCTUATION = re.compile(r"[^\w\s'-]+")
 _APOSTROPHE = re.compile(r"['_]")
@@ -27,8 +27,8 @@ _APOSTROPHE = re.compile(r"['_]")
 def same_text(given: str, gold: str) -> bool:
     """Equal words or equal formulas: "The Cat!" is "cat"; a+b is not a-b. Nothing equals nothing."""
     if _SIGN.search(given) or _SIGN.search(gold):
-        given, gold = formula_text(given), formula_text(gold)
-        return bool(gold) and (given == gold or _same_sides(given, gold))
+        formula = formula_text(gold)
+        return bool(formula) and (formula_text(given) == formula or _same_sides(given, gold))
     words, gold_words = plain_words(given), plain_words(gold)
     if not gold_words:
         return False
@@ -109,12 +109,16 @@ def _as_atom(text: str) -> str:
     return text if _ATOM.fullmatch(text) else f"({text})"
 
 
-_SYMMETRIC = re.compile(r"\\(?:parallel|perp|cong|sim|ne)(?![a-z])|=")
+_RELATION = re.compile(r"\\(?:parallel|perp|cong|sim|ne|le|ge)(?![a-zA-Z])|[=<>]")
+_OTHER_WAY = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
 def _same_sides(given: str, gold: str) -> bool:
-    r"""One symmetric relation, with its sides exchanged: CD \parallel AB for AB \parallel CD."""
-    split, gold_split = split_outside(given, _SYMMETRIC), split_outside(gold, _SYMMETRIC)
-    if not split or not gold_split or len(split[1]) != 1 or split[1] != gold_split[1]:
+    r"""One relation with its sides exchanged: CD \parallel AB is AB \parallel CD, b > a is a < b."""
+    split, gold_split = split_outside(given, _RELATION), split_outside(gold, _RELATION)
+    if not split or not gold_split or len(split[1]) != 1 or len(gold_split[1]) != 1:
         return False
-    return split[0] == gold_split[0][::-1]
+    [sign], [gold_sign] = split[1], gold_split[1]
+    sides = [formula_text(side) for side in split[0]]
+    gold_sides = [formula_text(side) for side in gold_split[0]]
+    return _OTHER_WAY.get(sign, sign) == gold_sign and sides == gold_sides[::-1]
