@@ -139,6 +139,13 @@ def _several_letters(text: str) -> str | None:
     return "".join(sorted(letters))
 
 
+def names_options(text: str, choices: list[str]) -> bool:
+    """The text picks one option, or several that are all there."""
+    options = _options(choices)
+    text = tidy(text)
+    return _pick(text, options) is not None or _pick_several(text, options) is not None
+
+
 def _same_option(given: str, gold: str, choices: list[str]) -> bool | None:
     """The verdict where the gold answer is one option or several; None where it is no option."""
     options = _options(choices)
@@ -296,9 +303,7 @@ def _same_lists(given: str, gold: str, depth: int) -> bool | None:
     lists, gold_lists = read_lists(given), _lists(gold)
     if not lists or not gold_lists:
         return None
-    return any(
-        _same_list(one, gold_one, depth) for one in lists for gold_one in gold_lists
-    )
+    return any(_same_list(one, gold_one, depth) for one in lists for gold_one in gold_lists)
 
 
 _UNORDERED = ("", "{}")  # a bare list and a set

@@ -134,12 +134,17 @@ _ANSWER_IS = re.compile(
     """,
     re.VERBOSE | re.I,
 )
+_IS_CORRECT = re.compile(
+    r"\b((?:option|choice|answer) \(?[A-J]\)?) is (?:the )?(?:correct|right)\b", re.I
+)
 # a line that only announces the answer, which stands on the next one
 _HEADING = re.compile(r"[#\s]*(?:the |my |so,? )*(?:final |correct )*answer[\s:.]*", re.I)
 _REASON = re.compile(
     r",? (?:because|since|given that|due to)\b.*|, (?:as|so|which|where|but)\b.*|[。；].*", re.I
 )
-_NEXT_SENTENCE = re.compile(r"(?<=[\w)}%$°])[.] +(?=[A-Z][a-z]).*")
+_NEXT_SENTENCE = re.compile(
+    r"(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bNo)(?<=[\w)}%$°])[.] +(?=[A-Z][a-z]).*"
+)
 _BOLD_LINE = re.compile(r"\*\*([^*]{1,80})\*\*[.]?")
 _MARKUP = re.compile(r"\*\*|__|`|^#+ ")
 _DISPLAY = ("$$", "\\[", "```")
@@ -155,6 +160,9 @@ def _said(text: str) -> str | None:
         return bold[1].strip()
     for place in range(len(lines) - 1, -1, -1):
         line = _MARKUP.sub("", lines[place])
+        praised = _IS_CORRECT.search(line)
+        if praised:
+            return praised[1]
         hits = list(_ANSWER_IS.finditer(line))
         if hits or _HEADING.fullmatch(line):
             answer = line[hits[-1].end() :] if hits else ""

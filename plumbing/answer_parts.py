@@ -14,7 +14,9 @@ from plumbing.answer_units import Unit, read_unit
 _PLAIN_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 # what may stand before the first number, between two numbers, and behind the last one
 _BEFORE = re.compile(r"(?:from |between )?(-?) ?(?:[$€£¥₹] ?)?", re.I)
-_BETWEEN = re.compile(r" ?([^\d:/*+^()=<>\\]*?) ?(-|:|/|\bto\b|\buntil\b|至|到) ?(-?)[$€£¥₹]? ?", re.I)
+_BETWEEN = re.compile(
+    r" ?([^\d:/*+^()=<>\\]*?) ?(-|:|/|\bto\b|\buntil\b|至|到) ?(-?)[$€£¥₹]? ?", re.I
+)
 _AND = re.compile(r" ?([^\d:/*+^()=<>\\]*?) ?\b(and) ?(-?)[$€£¥₹]? ?", re.I)
 _HAS_SEPARATOR = re.compile(r"(?<!^)-|/|to\b|until|至|到|and\b")
 _SAME_SEPARATOR = {"to": "-", "until": "-", "至": "-", "到": "-", "and": "-"}

@@ -164,7 +164,9 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") else word
 
 
-_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([a-zA-Z]{1,12}|[\u4e00-\u9fff]{1,3})(?:,? and |,? )?")
+_PART = re.compile(
+    r"(\d{1,9}(?:\.\d{1,9})?) ?([a-zA-Z]{1,12}|[\u4e00-\u9fff]{1,3})(?:,? and |,? )?"
+)
 _LONGEST_COMPOUND = 60  # in characters
 
 

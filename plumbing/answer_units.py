@@ -89,7 +89,8 @@ _SMALL_TABLE = {
 
 _BLANKS = sorted((name for name in _TABLE if " " in name), key=len, reverse=True)
 _NAME = re.compile(
-    "|".join(re.escape(name) for name in _BLANKS) + r"|US\$|[A-Za-z]\\Omega|\\?[A-Za-z]+|[$€£¥₹₩¢]|[\u3040-\u9fff]+"
+    "|".join(re.escape(name) for name in _BLANKS)
+    + r"|US\$|[A-Za-z]\\Omega|\\?[A-Za-z]+|[$€£¥₹₩¢]|[\u3040-\u9fff]+"
 )
 _POWER = re.compile(r" ?(?:\^ ?\{? ?(-?[1-4]) ?\}?|(squared|cubed)\b|([23])(?![\d.]))")
 _POWER_WORDS = {"squared": 2, "cubed": 3}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hints import teacher_messages
 from losses import scores_from_hidden
-from plumbing.answers import pick_option
+from plumbing.answers import names_options
 from plumbing.engine import old_log_probs
 from plumbing.images import open_image
 from plumbing.runs import rollout_statistics
@@ -225,7 +225,7 @@ def check_gold_answers(trainer: Trainer, questions: list[Question], table: Table
         if not verify(f"\\boxed{{{question.answer}}}", question, trainer.same_answer):
             return True
         has_options = bool(question.choices)
-        return has_options and pick_option(question.answer, question.choices) is None
+        return has_options and not names_options(question.answer, question.choices)
 
     unreadable = [question.id for question in questions if is_unreadable(question)]
     with_options = sum(bool(question.choices) for question in questions)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from plumbing.answers import extract_answer
 from plumbing.images import StoredImage, decode_cell
+from plumbing.json_lines import parse_line
 from rollout import Question
 
 # Each field of a question and the columns that may hold it. The first one that is not empty counts.
@@ -169,21 +170,6 @@ def _jsonl_rows(path: Path, rows: _Rows) -> Iterator[tuple[str, Question | str]]
 
     for (number, _), result in _in_threads(read, numbered):
         yield str(number), result
-
-
-def parse_line(line: bytes):
-    """The JSON value of one line of a file, a byte order mark before it or not.
-
-    Raises ValueError.
-    """
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("the line is not UTF-8: save the file in that encoding") from None
-    except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"the line is not one JSON object: {error}") from None
 
 
 def _table_rows(source: str, split: str, rows: _Rows):
