@@ -64,15 +64,13 @@ def read_relation(text: str) -> Relation | None:
 
 # x  y_1  f(2)  P(A|B)  AB  a + b  \angle ABC  \angle 1  S_{ABC}  total cost  (x, y)
 _LABEL = re.compile(
-    r"(?!-)(?:[^\W\d_]|_(?:\{[^{}]{1,12}\}|\w)|\([^()]{1,20}\)|\\(?:angle|triangle) ?\d|[\s'|+*/:{}-]"
-    r"|\\(?!sqrt|pm|mp)[a-zA-Z]+(?![a-zA-Z]))+"
+    r"(?!-)(?:[^\W\d_]|_(?:\{[^{}]{1,12}\}|\w)|\([^()]{1,20}\)|\\(?:angle|triangle) ?\d"
+    r"|[\s'|+*/:{}-]|\\(?!sqrt|pm|mp)[a-zA-Z]+(?![a-zA-Z]))+"
 )
 _NO_LABEL = re.compile(
     r"\b(?:or|and|not|no|never|isn't|cannot|neither|nor|if|than)\b|[不非或和]", re.I
 )
-_COPULA = re.compile(
-    r"^(.{0,80}) (?:is|are|equals?|was|were)(?: equal to| about:?)? (?!not\b)", re.I
-)
+_COPULA = re.compile(r"^(.{0,80}) (?:is|are|equals?|was|were)(?: equal to)? (?!not\b)", re.I)
 _COLON = re.compile(r"^([A-Za-z][a-z]{2,}[A-Za-z ]{0,60}): ")
 _POINT_NAME = re.compile(r"^([A-Z]'?) ?(?=\([^()]*,)")
 _MAY_HAVE_LABEL = re.compile(r"[a-z]: |[a-z] |[A-Z]'? ?\(")

@@ -72,7 +72,7 @@ def _unit_name(text: str) -> str | None:
 
 
 def same_parts(given: Parts, gold: Parts) -> bool:
-    """Part by part; one of the two may lack its unit, but no percent sign stands for another unit."""
+    """Equal part by part; one of the two may lack its unit."""
     (separator, values, unit), (gold_separator, gold_values, gold_unit) = given, gold
     if separator != gold_separator or values != gold_values:
         return False
@@ -188,7 +188,7 @@ def same_time(given: tuple[int, str], gold: tuple[int, str]) -> bool:
     return minutes % 720 == gold_minutes % 720
 
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = re.compile(
     r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
     r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?",

@@ -64,18 +64,16 @@ _CURRENCY = re.compile(r"([-+]?) ?(US\$|USD|EUR|RMB|Rs\.?|[$€£¥₹₩]) ?([-
 _DECIMAL = re.compile(r"[-+]?[\d,]*\.(\d+)")
 _DECIMAL_COMMA = re.compile(r"^([-+]?\d{1,9}),(\d{1,2})(?!\d)")
 _INTRODUCTION = re.compile(
-    r"(?:there (?:are|is)|it is|it's|they are|a total of|total of|in total|exactly)(?: a total of)? ",
-    re.I,
+    r"(?:there (?:are|is)|it is|it's|they are|a total of|total of|exactly)(?: a total of)? ", re.I
 )
 
 # Behind a number these words make another number, or none.
-_NO_NOUNS = frozenset(
-    """
+_NO_NOUNS = """
     or and not to more less fewer plus minus half quarter third thirds times squared cubed below
     under above over negative between at most least than about but nor if e sin cos tan log ln
     hundreds thousands millions billions dozens pair pairs percent approximately roughly cannot
-    """.split()
-)
+"""
+_NO_NOUN = frozenset(_NO_NOUNS.split())
 _NOUN = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _NOUNS = re.compile(rf"{_NOUN.pattern}(?: {_NOUN.pattern}){{0,5}}")
 
@@ -154,7 +152,7 @@ def _with_unit(quantity: Quantity, rest: str, head: str) -> Quantity | None:
     if unit and (has_gap or not (word.isascii() and len(word) == 1)):
         return replace(quantity, unit=unit)
     words = word.casefold().split()
-    if not _NOUNS.fullmatch(word) or not _NO_NOUNS.isdisjoint(words):
+    if not _NOUNS.fullmatch(word) or not _NO_NOUN.isdisjoint(words):
         return None
     is_word = not word.isascii() or (has_gap and len(words[0]) > 2)
     return replace(quantity, noun=frozenset(map(_singular, words))) if is_word else None
@@ -217,13 +215,23 @@ def same_quantity(given: Quantity, gold: Quantity) -> bool:
         if kind != gold_kind:
             return False
         given = replace(given, value=given.value * (worth / gold_worth))
-    elif (gold.percent or given.percent) and (gold.unit or given.unit):
-        return False  # 20 % is not 0.2 A
-    elif (gold.unit and given.noun) or (gold.noun and given.unit):
-        return False
-    elif gold.noun and given.noun and not (gold.noun <= given.noun or given.noun <= gold.noun):
+    elif not _may_count_the_same(given, gold):
         return False
     return same_value(given.value, gold.value) or _rounds_to(given, gold)
+
+
+def _may_count_the_same(given: Quantity, gold: Quantity) -> bool:
+    """One has a unit or a noun and the other has none, or their nouns agree.
+
+    "5 red apples" are "5 apples"; 20 % is not 0.2 A.
+    """
+    if given.noun and gold.noun:
+        return gold.noun <= given.noun or given.noun <= gold.noun
+    if given.unit:
+        return not (gold.noun or gold.percent)
+    if gold.unit:
+        return not (given.noun or given.percent)
+    return True
 
 
 def same_value(value: Number, gold: Number) -> bool:

@@ -51,7 +51,7 @@ Rules = list[tuple[str, re.Pattern, str]]
 
 
 def _rules(*rows: tuple[str, str, str]) -> Rules:
-    """Rules of spelling, each with a text that must occur before its pattern is tried: for speed."""
+    """Rules of spelling; for speed, a pattern is tried only where its first text occurs."""
     return [(needle, re.compile(pattern), new) for needle, pattern, new in rows]
 
 

@@ -25,7 +25,7 @@ _APOSTROPHE = re.compile(r"['_]")
 
 
 def same_text(given: str, gold: str) -> bool:
-    """Equal words or equal formulas: "The Cat!" is "cat"; a+b is not a-b. Nothing equals nothing."""
+    """Equal words or formulas: "The Cat!" is "cat", a+b is not a-b. Empty texts are not equal."""
     if _SIGN.search(given) or _SIGN.search(gold):
         formula = formula_text(gold)
         return bool(formula) and (formula_text(given) == formula or _same_sides(given, gold))
@@ -114,7 +114,7 @@ _OTHER_WAY = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
 def _same_sides(given: str, gold: str) -> bool:
-    r"""One relation with its sides exchanged: CD \parallel AB is AB \parallel CD, b > a is a < b."""
+    r"""One relation with its sides exchanged: b > a and a < b, CD \parallel AB and AB \parallel CD."""
     split, gold_split = split_outside(given, _RELATION), split_outside(gold, _RELATION)
     if not split or not gold_split or len(split[1]) != 1 or len(gold_split[1]) != 1:
         return False
