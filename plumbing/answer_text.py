@@ -206,7 +206,8 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+) ?")
 # What only changes the look of what stands in its braces.
 _DRESS = re.compile(
     r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|bb|cal|frak|normal)|bm|boldsymbol|pmb|emph|underline|ce"
-    r"|mbox|hbox|operatorname\*?|boxed|fbox|ensuremath|vec|overrightarrow)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"|mbox|hbox|operatorname\*?|boxed|fbox|ensuremath|vec|overrightarrow)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?")  # R alone may be an option's letter
 # a line over letters names a segment; over digits behind a point it repeats them

@@ -114,7 +114,7 @@ _OTHER_WAY = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
 def _same_sides(given: str, gold: str) -> bool:
-    r"""One relation with its sides exchanged: b > a and a < b, CD \parallel AB and AB \parallel CD."""
+    r"""One relation, its sides exchanged: b > a and a < b, CD \parallel AB and AB \parallel CD."""
     split, gold_split = split_outside(given, _RELATION), split_outside(gold, _RELATION)
     if not split or not gold_split or len(split[1]) != 1 or len(gold_split[1]) != 1:
         return False

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_jsonl, write_jsonl
 
+from plumbing import answers
 from plumbing.answers import LONGEST_ANSWER, extract_answer, load_judge, same_answer
 
 
@@ -123,6 +124,70 @@ def test_extract_answer_in_other_forms(text, answer):
     assert extract_answer(text) == answer
 
 
+def fresh_verdicts(half):
+    """(verdict, label) per case of one half of tests/answers_fresh.jsonl."""
+    cases = read_jsonl(ROOT / "tests" / "answers_fresh.jsonl")
+    return [
+        (is_right(case["response"], case["gold"], case["choices"]), case["right"])
+        for case in cases
+        if case["half"] == half
+    ]
+
+
+def test_fresh_answers_that_the_rules_were_made_on():
+    verdicts = fresh_verdicts("open")
+    assert len(verdicts) == 287
+    assert [verdict for verdict, label in verdicts] == [label for verdict, label in verdicts]
+
+
+def test_fresh_answers_that_were_kept_apart():
+    verdicts = fresh_verdicts("apart")
+    passed = [label for verdict, label in verdicts if verdict]
+    right = [verdict for verdict, label in verdicts if label]
+    assert len(verdicts) == 574
+    assert np.mean(passed) >= 0.995  # precision
+    assert np.mean(right) >= 0.93  # recall
+
+
+# ------------------------------------------------------------------------------------- a whole file
+def test_a_file_of_responses_is_graded(tmp_path, capsys):
+    rows = [
+        {"answer": "12", "response": "so \\boxed{12}"},
+        {"answer": 3, "responses": ["\\boxed{3.0}", "\\boxed{4}", "I do not know"], "id": "b"},
+        {"answer": "D", "choices": ["red", "blue"], "id": "c"},
+    ]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    assert answers.main([str(tmp_path / "r.jsonl")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "r.jsonl:2: id b: response 3: no answer found: 'I do not know'" in lines[0]
+    assert "r.jsonl:3: id c: the gold answer is none of the options: 'D'" in lines[1]
+    assert lines[2] == "questions 3, responses 4"
+    counts = [line.split()[-3] for line in lines[3:]]
+    assert counts == ["2", "1", "1", "1"]
+    write_jsonl(tmp_path / "r.jsonl", rows[:2])
+    assert answers.main([str(tmp_path / "r.jsonl")]) == 0
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{", "r.jsonl:1: "),
+        ("[]", "r.jsonl:1: expected a JSON object, got list"),
+        ('{"response": "5"}', "r.jsonl:1: field 'answer'"),
+        ('{"answer": "5", "responses": "5"}', "r.jsonl:1: field 'response'"),
+        ('{"answer": "5", "choices": "AB"}', "r.jsonl:1: field 'choices'"),
+        ("", "r.jsonl: no rows in it"),
+    ],
+)
+def test_a_file_that_cannot_be_graded_is_refused_by_its_line(tmp_path, capsys, line, message):
+    (tmp_path / "r.jsonl").write_text(line)
+    with pytest.raises(SystemExit) as stop:
+        answers.main([str(tmp_path / "r.jsonl")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ judges
 def test_rules_are_a_judge():
     assert load_judge("rules") is same_answer
 
@@ -158,8 +223,9 @@ def test_math_verify_decides_on_formulas():
         ("(1, 2)", "(2, 1)", False),
         ("Pairs", "Paris", False),  # words
         ("x" * (LONGEST_ANSWER + 1), "x^2", False),
-        ("(x+1)^2", "x^2+2x+1", True),
-        ("(2x, y+1)", "(x+x, 1+y)", True),
+        ("(x+1)^2", "x^2+2x+1", False),  # the rules say yes
+        ("\\sin(2x)", "2\\sin x\\cos x", True),
+        ("(\\ln x^2, y+1)", "(2\\ln x, 1+y)", True),
     ],
 )
 def test_math_verify_is_asked_about_unread_formulas_alone(monkeypatch, given, gold, asked):

@@ -12,11 +12,12 @@ import shlex
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_tiny, write_jsonl
 from PIL import Image
 from test_build_hints import GOOD, chat_reply, serve  # noqa: F401
 
 import train
+from plumbing.answers import main as answers
 from plumbing.build_hints import main as build_hints
 from plumbing.hint_file import load_hints
 from plumbing.slow_motion import main as slow_motion
@@ -149,6 +150,10 @@ def test_command(command, place, serve, capsys):  # noqa: F811
     if words[:3] == ["python", "-m", "plumbing.build_hints"]:
         server = serve(lambda question, before: chat_reply(GOOD))
         return run_build_hints(words[3:], place, server)
+    if words[:3] == ["python", "-m", "plumbing.answers"]:
+        write_jsonl(place / words[3], [{"answer": "5", "response": "\\boxed{5}"}])
+        assert answers(words[3:]) == 0
+        return None
     if words[:3] == ["python", "-m", "plumbing.slow_motion"]:
         return slow_motion(words[3:])
     if words[0] == "accelerate":
