@@ -123,6 +123,7 @@ def is_name(label: str) -> bool:
 
 
 def has_words(label: str) -> bool:
+    """The label holds a word, and not symbols alone."""
     return bool(_WORD.search(label))
 
 

@@ -235,6 +235,7 @@ def _may_count_the_same(given: Quantity, gold: Quantity) -> bool:
 
 
 def same_value(value: Number, gold: Number) -> bool:
+    """Equal: exactly where both are fractions, else but for the rounding of floats."""
     if isinstance(value, Fraction) and isinstance(gold, Fraction):
         return value == gold
     return math.isclose(value, gold, rel_tol=1e-12)

@@ -46,6 +46,7 @@ __all__ = [
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = Parser(
         prog="answers",
         usage="python -m plumbing.answers FILE.jsonl",

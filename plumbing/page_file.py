@@ -22,8 +22,12 @@ def write_html(path: Path, template: str, page: dict) -> Path:
     The data stands in it as JSON without any "<", and the scripts never read it as HTML.
     """
     html = (PAGES / template).read_text(encoding="utf-8")
-    html = html.replace("@STYLE@", (PAGES / "style.css").read_text(encoding="utf-8"))
-    html = html.replace("@PARTS@", (PAGES / "parts.js").read_text(encoding="utf-8"))
+    for mark, part in (
+        ("@STYLE@", "style.css"),
+        ("@FRAME@", "frame.html"),
+        ("@PARTS@", "parts.js"),
+    ):
+        html = html.replace(mark, (PAGES / part).read_text(encoding="utf-8"))
     data = json.dumps(page).replace("<", "\\u003c")
     write_beside(path, html.replace("@DATA@", data))  # TRAP: last, for data may say "@PARTS@"
     return path

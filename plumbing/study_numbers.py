@@ -82,10 +82,12 @@ def outcome(correct: list[bool]) -> str:
 
 # ---------------------------------------------------------------------------------------- contexts
 def accuracy(numbers: dict) -> float:
+    """The share of right responses to one question under one context."""
     return statistics.mean(numbers["correct"])
 
 
 def mean_length(numbers: dict) -> float:
+    """Tokens per response to one question under one context."""
     return statistics.mean(numbers["lengths"])
 
 
@@ -175,6 +177,7 @@ def summary(rows: list[Row], config: TrainConfig) -> dict:
 
 # ---------------------------------------------------------------------------------------- verdicts
 def percent(share: float) -> str:
+    """A share as text: 0.125 is "12.5 %"."""
     return f"{100 * share:.1f} %"
 
 
@@ -191,6 +194,7 @@ def length_ratio(rows: list[Row], name: str) -> float:
 
 
 def mean_kl(rows: list[Row], name: str) -> float:
+    """KL(question alone || context) in nats per token, the mean over questions."""
     return statistics.mean(row["contexts"][name]["kl"] for row in rows_with(rows, name))
 
 
@@ -220,6 +224,7 @@ def verdicts(rows: list[Row], group_size: int) -> list[dict]:
 
 
 def verdict(name: str, holds: bool, reason: str) -> dict:
+    """One entry of `verdicts`."""
     return {"name": name, "holds": holds, "reason": reason}
 
 
@@ -319,6 +324,7 @@ def no_need(rows: list[Row], group_size: int) -> dict:
 
 # ------------------------------------------------------------------------------------- the table
 def with_error(pair: tuple[float, float] | None, scale: float = 1, digits: int = 1) -> str:
+    """A mean and its standard error as text; "-" where there is none."""
     if pair is None:
         return "-"
     return f"{scale * pair[0]:.{digits}f} +- {scale * pair[1]:.{digits}f}"
