@@ -311,7 +311,7 @@ def teach(trainer, make_episode, steps):
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(trainer.policy.parameters(), lr=1e-3)
     for step in range(steps):
-        episodes = [make_episode(12 * step + i) for i in range(12)]
+        episodes = [make_episode(8 * step + i) for i in range(8)]
         inputs, mask = make_base.encode_episodes(trainer.processor, episodes)
         states = trainer.policy.model(**inputs, use_cache=False).last_hidden_state
         logits = trainer.policy.lm_head(states[:, -mask.shape[1] - 1 : -1][mask])
