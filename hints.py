@@ -1,10 +1,11 @@
 """The privileged side: what the teacher may read and the student never does.
 
 A hint says where to look, what to ignore and how to reason, never the answer (paper 2.3). It comes
-with the data, from an expert model that is shown the answer (`build_hint`), or, ours, from the
-frozen model's own attention (`attention_hint`). `teacher_messages` is the student's own chat, with
-the same images and the same format instruction, plus the hint. plumbing.spoilers says why a hint
-must not be used, plumbing.hint_rules why the builder asks for another one.
+with the data, from an expert model that is shown the answer (`build_hint`), or, ours, from where
+the model itself looked while it wrote a right response (`attention_hint`). `teacher_messages` is
+the student's own chat, with the same images and the same format instruction, plus the hint.
+plumbing.spoilers says why a hint must not be used, plumbing.hint_rules why the builder asks for
+another one.
 
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL
 """
@@ -14,24 +15,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
 from plumbing.hint_rules import broken_rules
 from plumbing.images import open_image
 from plumbing.places import ORDINALS, in_pixels, place_words, regions
 from plumbing.spoilers import find_spoilers
-from rollout import (
-    Question,
-    chat,
-    collate,
-    encode_prompts,
-    response_states,
-    student_messages,
-    user_turn,
-)
+from rollout import Question, chat, student_messages, user_turn
 
 
 # ------------------------------------------------------------------------------------------- hints
@@ -249,98 +241,34 @@ def _ask_again(reply: str, reasons: list[str]) -> list[dict]:
 
 
 # ----------------------------------------------------------------- hints from the model's attention
-@torch.no_grad()
-def attention_maps(
-    model, processor, question: Question, layers: tuple[int, int] | None = None
-) -> list[Tensor]:
-    """Where the model looks when it reads question and answer: one map (h, w) per image.
-
-    A cell is a visual token; the mean over cells is 1. Attention goes from the answer's tokens to
-    the image's, averaged over tokens, heads and `layers` (first, last; default: the middle half).
-    It is divided by the same for a neutral question, which cancels what any prompt draws, borders
-    above all (the relative attention of arXiv 2502.17422). Costs one pass over each prompt; the
-    weights of one layer, (heads, P, P), are in memory at a time. Raises ValueError for layers that
-    do not exist.
-    """
-    neutral = replace(question, text="Describe the image.")
-    prompts = encode_prompts(
-        processor, [question, neutral], [student_messages(question), student_messages(neutral)]
-    )
-    tokenizer = processor.tokenizer
-    answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
-    # the last token of a response is not read; EOS in that place makes all of the answer read
-    response = [*answer, tokenizer.eos_token_id]
-    batch = collate(prompts, [response, response], tokenizer.pad_token_id, model.device)
-    weights = _answer_attention(model, batch, _layer_range(model, layers), len(answer))
-    asked, ground = (
-        row[: len(types)][types.bool()]
-        for row, types in zip(weights, batch.prompts["mm_token_type_ids"], strict=True)
-    )
-    heat = (asked / ground.clamp(min=1e-9)).cpu()
-    merge = processor.image_processor.merge_size
-    shapes = [(h // merge, w // merge) for _, h, w in prompts[0].grid.tolist()]
-    pieces = heat.split([h * w for h, w in shapes])
-    maps = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    return [heat_map / heat_map.mean() for heat_map in maps]
-
-
-def _layer_range(model, layers: tuple[int, int] | None) -> slice:
-    count = len(model.model.language_model.layers)
-    first, last = layers or (count // 4, (3 * count - 1) // 4)
-    if not 0 <= first <= last < count:
-        raise ValueError(f"layers {first}-{last}: the model has layers 0 to {count - 1}")
-    return slice(first, last + 1)
-
-
-def _answer_attention(model, batch, layers: slice, answer_tokens: int) -> Tensor:
-    """Attention (B, P + A) from the answer's tokens, the mean over tokens, heads and layers."""
-    seen = []
-
-    def keep(module, inputs, outputs):
-        weights = outputs[1]  # (B, heads, queries, keys)
-        seen.append(weights[:, :, -answer_tokens:].float().mean((1, 2)))
-
-    hooked = model.model.language_model.layers[layers]
-    hooks = [layer.self_attn.register_forward_hook(keep) for layer in hooked]
-    before = model.config.text_config._attn_implementation
-    model.set_attn_implementation({"text_config": "eager"})  # the only one that returns weights
-    try:
-        response_states(model, batch)
-    finally:
-        model.set_attn_implementation({"text_config": before})
-        for hook in hooks:
-            hook.remove()
-    # the pass over the answer comes second, after the prompts'
-    return torch.stack(seen[len(hooks) :]).mean(0)
-
-
 def attention_hint(
-    model, processor, question: Question, layers: tuple[int, int] | None = None
-) -> tuple[Hint | None, list[str], list[Tensor], list[list]]:
-    """A hint that names the regions of attention_maps.
+    question: Question, maps: list[Tensor], name_place: Callable[..., str] = place_words
+) -> tuple[Hint | None, list[str], list[list]]:
+    """A hint that names the regions where the model looked while it wrote a right response.
 
-    Returns the hint or None, the reasons against one, the maps, and each image's boxes in pixels.
+    maps: one (h, w) per image, see plumbing.attention. name_place(box of cells, shape of the map,
+    exact) -> words. Returns the hint or None, the reasons against one, and each image's boxes in
+    pixels.
     """
-    maps = attention_maps(model, processor, question, layers)
     boxes = [regions(heat) for heat in maps]
-    hint, reasons = _regions_hint(question, maps, boxes, exact=True)
+    hint, reasons = _regions_hint(question, maps, boxes, name_place, exact=True)
     if reasons:  # "the third column" may be the answer
-        hint, reasons = _regions_hint(question, maps, boxes, exact=False)
+        hint, reasons = _regions_hint(question, maps, boxes, name_place, exact=False)
     pixels = [
         [in_pixels(box, heat.shape, open_image(image).size) for box in image_boxes]
         for image, heat, image_boxes in zip(question.images, maps, boxes, strict=True)
     ]
-    return (None if reasons else hint), reasons, maps, pixels
+    return (None if reasons else hint), reasons, pixels
 
 
 def _regions_hint(
-    question: Question, maps: list[Tensor], boxes: list[list], exact: bool
+    question: Question, maps: list[Tensor], boxes: list[list], name_place, exact: bool
 ) -> tuple[Hint | None, list[str]]:
     """The regions in words as a hint, and why it must not be used, if so."""
     places = []
     for number, (heat, image_boxes) in enumerate(zip(maps, boxes, strict=True)):
         of_picture = f" of the {ORDINALS[min(number, 5)]} picture" if len(maps) > 1 else ""
-        places += [place_words(box, heat.shape, exact) + of_picture for box in image_boxes]
+        places += [name_place(box, heat.shape, exact) + of_picture for box in image_boxes]
     look = [place for place in dict.fromkeys(places) if "whole picture" not in place]
     if not look:
         return None, ["no region stands out"]

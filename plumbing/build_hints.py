@@ -1,7 +1,8 @@
 """The command that builds hints. It can be stopped at any moment and goes on where it stopped.
 
-An expert behind an OpenAI-compatible server, a local model as the expert, or no expert at all (the
-regions the model itself looks at); without --data the questions are built-in puzzles:
+An expert behind an OpenAI-compatible server, a local model as the expert, or no expert at all
+(where the model itself looked when it was right); without --data the questions are built-in
+puzzles:
 
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME --api-base URL
     python -m plumbing.build_hints --data D.jsonl --out hints.jsonl --model NAME_OR_PATH
@@ -9,7 +10,8 @@ regions the model itself looks at); without --data the questions are built-in pu
 
 With --fallback-model a second expert is asked where the first one gives no hint that passes. Each
 line of the output is one question: its hint and who wrote it, or null, and the reasons against the
-replies that were rejected.
+replies that were rejected. With --source attention the line also holds the model's own right
+response, and the layers that were read stand in a file beside the output.
 """
 
 from __future__ import annotations
@@ -19,22 +21,28 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hints import NoReply, attention_hint, build_hint
+from hints import NoReply, build_hint
+from plumbing.attention import check_layers
 from plumbing.data import Columns, load_questions
 from plumbing.experts import late_expert, load_expert, local_expert, one_line_errors, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
 from plumbing.images import open_image, quiet_loading
-from plumbing.settings import Parser
+from plumbing.own_hints import OwnHints, OwnResponses, layers_for
+from plumbing.places import place_words
+from plumbing.settings import Parser, is_embedded
 from rollout import Question
-from toy import world
+from toy import own_hints, world
+from toy.settings import SETTINGS
 
 PUZZLES = 100  # built-in puzzles without --data and without --limit
+# the longest reply of an expert and the longest own response, both the paper's
+REPLY_TOKENS, RESPONSE_TOKENS = 16384, 4096
 DAY = 86400  # seconds; a system's timer may refuse far longer waits
 
 
@@ -80,7 +88,7 @@ def _add_questions_and_model(parser: argparse.ArgumentParser) -> None:
         choices=("expert", "attention"),
         default="expert",
         help="expert: a model that is shown the answer writes the hint; "
-        "attention: no expert, the regions the model itself looks at",
+        "attention: no expert, the regions that the model itself looked at in a right response",
     )
 
 
@@ -102,17 +110,35 @@ def _add_fallback(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tries", type=int, default=3, help="replies per expert until one passes [3]")
+    add(
+        "--tries",
+        type=int,
+        default=3,
+        help="replies per expert until one passes; with --source attention, attempts at the steps "
+        "[3]",
+    )
     add("--parallel", type=int, default=8, help="questions at a time, with --api-base [8]")
     add("--timeout", type=float, default=1200, help="seconds to wait for a reply [1200]")
     add(
         "--max-new-tokens",
         type=int,
-        default=16384,
-        help="longest reply in tokens, thinking included [16384, the paper's]",
+        help=f"longest reply in tokens, thinking included [{REPLY_TOKENS}, the paper's; with "
+        f"--source attention {RESPONSE_TOKENS}, and {SETTINGS['max_new_tokens']} for toy/base]",
     )
     add("--limit", type=int, help=f"only the first questions [{PUZZLES} puzzles, or all of --data]")
-    add("--layers", default="", help="FIRST-LAST, with --source attention [the middle half]")
+    add(
+        "--samples",
+        type=int,
+        default=16,
+        help="own responses per question, until one is right, with --source attention; a question "
+        "with a solution in the data needs none [16]",
+    )
+    add(
+        "--layers",
+        default="",
+        help="FIRST-LAST, with --source attention [chosen by the model's own right and wrong "
+        "responses, and kept beside the output in NAME.layers.json]",
+    )
     add("--overlay", default="", help="folder for a picture of each map, with --source attention")
 
 
@@ -129,18 +155,18 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--out {args.out} is the file of --data; hints go into a file of their own"
         )
-    numbers = [args.tries, args.parallel, args.max_new_tokens]
-    if args.limit is not None:
-        numbers.append(args.limit)
-    if min(numbers) <= 0:
-        raise ValueError("--tries, --parallel, --max-new-tokens and --limit must be above 0")
+    numbers = [args.tries, args.parallel, args.samples, args.max_new_tokens, args.limit]
+    if min(number for number in numbers if number is not None) <= 0:
+        raise ValueError(
+            "--tries, --parallel, --samples, --max-new-tokens and --limit must be above 0"
+        )
     if not 0 < args.timeout <= DAY:
         raise ValueError(f"--timeout must be above 0 and at most {DAY}, got {args.timeout}")
     parse_layers(args.layers)
 
 
 def parse_layers(text: str) -> tuple[int, int] | None:
-    """The layers of --layers, FIRST-LAST; None for an empty text: attention_hint has a default."""
+    """The layers of --layers, FIRST-LAST; None for an empty text: they are chosen."""
     if not text:
         return None
     numbers = re.fullmatch(r"(\d+)-(\d+)", text)
@@ -164,7 +190,7 @@ class Expert:
 
 def choose_experts(args: argparse.Namespace) -> list[Expert]:
     """The expert of --model, and the one of --fallback-model if it is given."""
-    limits = (args.timeout, args.max_new_tokens)
+    limits = (args.timeout, args.max_new_tokens or REPLY_TOKENS)
     if args.api_base:
         ask = server_expert(args.api_base, args.model, *limits)
     else:
@@ -205,22 +231,31 @@ def expert_work(args: argparse.Namespace) -> Callable[[Question], dict]:
     return work
 
 
-def attention_work(args: argparse.Namespace) -> Callable[[Question], dict]:
-    """work for write_hints: the hint names the regions that the model itself looks at."""
+def attention_work(args: argparse.Namespace, todo: list[Question]) -> Callable[[Question], dict]:
+    """work for write_hints: the hint names where the model looked when it was right.
+
+    todo: the questions that will be asked for, in order. Chooses the layers, if it must.
+    """
     with one_line_errors("--model", args.model):
         processor, model = load_expert(args.model)
-    layers = parse_layers(args.layers)
+    longest, name_place, parts = RESPONSE_TOKENS, place_words, None
+    if is_embedded(args.model):
+        longest = SETTINGS["max_new_tokens"]
+        name_place, parts = own_hints.name_place, own_hints.hint_parts
+    own = OwnResponses(model, processor, args.samples, args.max_new_tokens or longest)
+    chosen = parse_layers(args.layers)
+    if chosen:
+        layers = tuple(range(chosen[0], chosen[1] + 1))
+        check_layers(model, *chosen)
+    else:
+        layers = layers_for(own, todo, args.model, Path(args.out).with_suffix(".layers.json"))
+    source = OwnHints(own, layers, todo, args.tries, name_place, parts)
 
     def work(question: Question) -> dict:
-        hint, reasons, maps, boxes = attention_hint(model, processor, question, layers)
-        if args.overlay:
-            save_overlays(Path(args.overlay), question, maps, boxes)
-        return {
-            "hint": asdict(hint) if hint else None,
-            "rejected": [reasons] if reasons else [],
-            "boxes": boxes,
-            "by": f"attention of {args.model}",
-        }
+        record, maps = source.record(question)
+        if args.overlay and maps:
+            save_overlays(Path(args.overlay), question, maps, record["boxes"])
+        return {**record, "by": f"attention of {args.model}"}
 
     return work
 
@@ -278,7 +313,7 @@ def results_table(records: dict[str, dict], wanted: int) -> str:
         lines += ["", f"{'written by':40s}{'hints':>8s}"]
         lines += [f"{author:40s}{count:8d}" for author, count in authors.most_common()]
     if reasons:
-        lines += ["", f"{'replies rejected because':40s}{'replies':>8s}"]
+        lines += ["", f"{'rejected because':40s}{'times':>8s}"]
         lines += [f"{kind:40s}{count:8d}" for kind, count in reasons.most_common()]
     return "\n".join(lines)
 
@@ -286,7 +321,9 @@ def results_table(records: dict[str, dict], wanted: int) -> str:
 def read_questions(args: argparse.Namespace) -> list[Question]:
     """The questions of --data, or built-in puzzles; at most --limit of them."""
     if not args.data:
-        return world.puzzles("train", args.limit or PUZZLES)
+        puzzles = world.puzzles("train", args.limit or PUZZLES)
+        # the world's own solutions are no model's: without them it must find a right response
+        return [replace(puzzle, solution=None) for puzzle in puzzles]
     columns = Columns(args.columns)
     questions = load_questions(
         args.data, split=args.split, image_dir=args.image_dir, columns=columns
@@ -313,7 +350,8 @@ def build(args: argparse.Namespace, questions: list[Question]) -> str:
             return ""
         quiet_loading()
         try:
-            work = attention_work(args) if args.source == "attention" else expert_work(args)
+            attention = args.source == "attention"
+            work = attention_work(args, todo) if attention else expert_work(args)
         except (NoReply, ValueError, OSError):
             if is_new:
                 out.unlink()
