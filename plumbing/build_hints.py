@@ -129,9 +129,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add(
         "--samples",
         type=int,
-        default=16,
-        help="own responses per question, until one is right, with --source attention; a question "
-        "with a solution in the data needs none [16]",
+        default=32,
+        help="own responses per question, with --source attention; a question with a solution in "
+        "the data needs none [32]",
     )
     add(
         "--layers",

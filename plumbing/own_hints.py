@@ -1,9 +1,9 @@
 """Hints from the model itself: where it looked, and how it went on, when it was right.
 
 The model is the one that is to be trained; no expert is asked. Its verified response to a question
-is the data's worked solution, where there is one, or its own first right response among some draws.
-Where it looked is read by plumbing.attention, how it went on is asked in words (METHOD). Neither
-may hold the answer: the rules for hints are those of any other source.
+is the data's worked solution, where there is one, or its own right ones among some draws. Where it
+looked is read by plumbing.attention, how it went on is asked in words (METHOD). Neither may hold
+the answer: the rules for hints are those of any other source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hints import Hint, attention_hint, without_thinking
+from hints import Hint, Rejected, attention_hint, without_thinking
 from plumbing.attention import (
     choose_layers,
     layer_count,
@@ -40,8 +40,8 @@ from rollout import (
     verify,
 )
 
-ROUND = 4  # responses per question that are drawn at a time
 TOGETHER = 16  # questions that draw at a time
+SAME_PLACE = 0.5  # least correlation of maps that look at the same place; ours
 LAYER_QUESTIONS = 48  # questions whose responses choose the layers
 MAPS_PER_SIDE = 4  # maps of right and of wrong responses per question, for the layers
 
@@ -68,8 +68,8 @@ class Drawn:
 class OwnResponses:
     """A model's own responses to questions, verified, each drawn once.
 
-    model, processor: of the model to be trained. samples: draws per question at most.
-    max_new_tokens: the longest response; a longer one is cut, and then wrong. drawn: by question.
+    model, processor: of the model to be trained. samples: draws per question. max_new_tokens: the
+    longest response; a longer one is cut, and then wrong. drawn: by the question's id.
     """
 
     model: object
@@ -78,86 +78,71 @@ class OwnResponses:
     max_new_tokens: int
     drawn: dict[str, list[Drawn]] = field(default_factory=dict)
 
-    def draw(self, questions: list[Question], until_right: bool = True) -> None:
-        """Draw responses to the questions, ROUND at a time.
+    def draw(self, questions: list[Question]) -> None:
+        """Draw responses to the questions that have none, at temperature 1.
 
-        until_right: no more rounds for a question that has a right response. The draws depend on
-        the question's id and the round alone: stopping, order and a second run change nothing.
+        The draws depend on the question's id alone: order and a second run change nothing.
         """
+        questions = [question for question in questions if question.id not in self.drawn]
         prompts = self.prompts(questions)
-        while True:
-            todo = [prompt for prompt in prompts if self._wants_more(prompt, until_right)]
-            if not todo:
-                return
-            self._draw_round(todo)
+        groups = sample_groups(
+            self.model,
+            self.processor,
+            prompts,
+            self.samples,
+            max_new_tokens=self.max_new_tokens,
+            keys=[f"{question.id}-own" for question in questions],
+        )
+        for question, group in zip(questions, groups, strict=True):
+            self.drawn[question.id] = [
+                Drawn(response.ids, response.text, verify(response.text, question))
+                for response in group
+            ]
 
     def prompts(self, questions: list[Question]) -> list[Prompt]:
         """The questions as the student reads them."""
         chats = [student_messages(question) for question in questions]
         return encode_prompts(self.processor, questions, chats)
 
-    def right(self, question: Question) -> Drawn | None:
-        """The first right response among those drawn."""
-        return next((one for one in self.drawn[question.id] if one.correct), None)
+    def reasonings(self, responses: list[Drawn]) -> list[tuple[int, ...]]:
+        """The responses' tokens before the answer: those that differ, and that are two or more."""
+        tokens = [reasoning_tokens(self.processor.tokenizer, one.ids) for one in responses]
+        return [one for one in dict.fromkeys(map(tuple, tokens)) if len(one) >= 2]
 
-    def map_of(self, prompt: Prompt, tokens: list[int], layers: tuple | None = None) -> Tensor:
-        """layer_maps of a reasoning on its prompt: (layers, image tokens)."""
+    def maps(
+        self, prompt: Prompt, reasonings: list[tuple[int, ...]], layers: tuple | None = None
+    ) -> Tensor:
+        """plumbing.attention.layer_maps of each: (reasonings, layers, image tokens), on the CPU."""
         pad = self.processor.tokenizer.pad_token_id
-        return layer_maps(self.model, prompt, tokens, pad, layers)
-
-    def reasoning(self, ids: list[int]) -> list[int]:
-        return reasoning_tokens(self.processor.tokenizer, ids)
-
-    def _wants_more(self, prompt: Prompt, until_right: bool) -> bool:
-        drawn = self.drawn.setdefault(prompt.question.id, [])
-        has_right = any(one.correct for one in drawn)
-        return len(drawn) < self.samples and not (until_right and has_right)
-
-    def _draw_round(self, prompts: list[Prompt]) -> None:
-        counts = [len(self.drawn[prompt.question.id]) for prompt in prompts]
-        groups = sample_groups(
-            self.model,
-            self.processor,
-            prompts,
-            ROUND,
-            max_new_tokens=self.max_new_tokens,
-            keys=[f"{p.question.id}-own-{count}" for p, count in zip(prompts, counts, strict=True)],
-        )
-        for prompt, count, group in zip(prompts, counts, groups, strict=True):
-            question = prompt.question
-            self.drawn[question.id] += [
-                Drawn(response.ids, response.text, verify(response.text, question))
-                for response in group[: self.samples - count]
-            ]
+        maps = [
+            layer_maps(self.model, prompt, list(tokens), pad, layers).cpu() for tokens in reasonings
+        ]
+        return torch.stack(maps)
 
 
 # --------------------------------------------------------------------------------- the layers
 def scores_of_layers(own: OwnResponses, questions: list[Question]) -> Tensor:
     """plumbing.attention.layer_scores of the model's responses to questions: (questions, layers).
 
-    Draws all samples. Those questions count that have images, two right responses and a wrong one.
+    Those questions count that have images, two different right responses and a wrong one.
     """
     scores = [torch.zeros(0, layer_count(own.model))]
     questions = [question for question in questions if question.images]
     for start in range(0, len(questions), TOGETHER):
         some = questions[start : start + TOGETHER]
-        own.draw(some, until_right=False)
+        own.draw(some)
         for prompt in own.prompts(some):
             right, wrong = (_some_reasonings(own, prompt, correct) for correct in (True, False))
-            if len(right) >= 2 and len(wrong) >= 1:
-                maps = [
-                    torch.stack([own.map_of(prompt, tokens) for tokens in side])
-                    for side in (right, wrong)
-                ]
-                scores.append(layer_scores(*maps).cpu()[None])
+            if len(right) >= 2 and wrong:
+                maps = own.maps(prompt, right), own.maps(prompt, wrong)
+                scores.append(layer_scores(*maps)[None])
     return torch.cat(scores)
 
 
-def _some_reasonings(own: OwnResponses, prompt: Prompt, correct: bool) -> list[list[int]]:
-    """The reasonings, as tokens, of the first MAPS_PER_SIDE right or wrong responses."""
-    responses = [one for one in own.drawn[prompt.question.id] if one.correct == correct]
-    reasonings = [own.reasoning(one.ids) for one in responses[:MAPS_PER_SIDE]]
-    return [tokens for tokens in reasonings if len(tokens) >= 2]
+def _some_reasonings(own: OwnResponses, prompt: Prompt, correct: bool) -> list[tuple[int, ...]]:
+    """The first MAPS_PER_SIDE different reasonings of right or of wrong responses."""
+    drawn = own.drawn[prompt.question.id]
+    return own.reasonings([one for one in drawn if one.correct == correct])[:MAPS_PER_SIDE]
 
 
 def layers_for(
@@ -211,39 +196,36 @@ class OwnHints:
 
         response: the own response that was read, or None, as where the data has a solution.
         """
-        found = {"hint": None, "rejected": [], "boxes": [], "response": None}
-        if not question.images:
-            return found | {"rejected": [["no picture to look at"]]}, []
-        text, ids = self._verified(question)
-        if text is None:
-            count = self.own.samples
-            return found | {"rejected": [[f"no right response: none of {count} was right"]]}, []
-        if not question.solution:
-            found["response"] = text
-        tokens = self.own.reasoning(ids)
-        if len(tokens) < 2:
-            return found | {"rejected": [["no reasoning before the answer"]]}, []
-        [prompt] = self.own.prompts([question])
-        heat = self.own.map_of(prompt, tokens, self.layers).mean(0)
-        maps = maps_of_images(heat, prompt.grid, self.own.processor.image_processor.merge_size)
+        record = {"hint": None, "rejected": [], "boxes": [], "response": None}
+        try:
+            right = self._verified(question)
+            if not question.solution:
+                record["response"] = right[0].text
+            maps = self._maps(question, right)
+        except Rejected as reason:
+            return record | {"rejected": [[str(reason)]]}, []
         hint, reasons, boxes = attention_hint(question, maps, self.name_place)
         rejected = [reasons] if reasons else []
         if hint:
-            hint, rejected = self._with_steps(question, text, hint)
-            found["hint"] = asdict(hint)
-        return found | {"rejected": rejected, "boxes": boxes}, maps
+            hint, rejected = self._with_steps(question, right[0].text, hint)
+            record["hint"] = asdict(hint)
+        return record | {"rejected": rejected, "boxes": boxes}, maps
 
-    def _verified(self, question: Question) -> tuple[str | None, list[int]]:
-        """A right response as text and tokens: the data's solution, or the first own one."""
+    def _verified(self, question: Question) -> list[Drawn]:
+        """The data's solution, or the own right responses. Raises Rejected where there is none."""
+        if not question.images:
+            raise Rejected("no picture to look at")
         if question.solution:
             tokenizer = self.own.processor.tokenizer
             ids = tokenizer(question.solution, add_special_tokens=False)["input_ids"]
-            return question.solution, ids
+            return [Drawn(ids, question.solution, True)]
         if question.id not in self.own.drawn:
             self._draw_with_others(question)
-        right = self.own.right(question)
-        del self.own.drawn[question.id]
-        return (right.text, right.ids) if right else (None, [])
+        drawn = self.own.drawn.pop(question.id)
+        right = [one for one in drawn if one.correct]
+        if not right:
+            raise Rejected(f"no right response: none of {len(drawn)}")
+        return right
 
     def _draw_with_others(self, question: Question) -> None:
         """Draw for this question and for those behind it that will need it."""
@@ -254,6 +236,22 @@ class OwnHints:
             if other.images and not other.solution and other.id not in self.own.drawn
         ]
         self.own.draw(waiting[:TOGETHER])
+
+    def _maps(self, question: Question, right: list[Drawn]) -> list[Tensor]:
+        """One map per image, the mean of the responses'. Raises Rejected where they disagree.
+
+        A response can be right by chance, from a wrong place. Of two that look at different places
+        one did so, and nothing here tells which.
+        """
+        reasonings = self.own.reasonings(right)
+        if not reasonings:
+            raise Rejected("no reasoning before the answer")
+        [prompt] = self.own.prompts([question])
+        heat = self.own.maps(prompt, reasonings, self.layers).mean(1)  # (responses, image tokens)
+        if len(heat) > 1 and torch.corrcoef(heat).min() < SAME_PLACE:
+            raise Rejected("right responses look at different places")
+        merge_size = self.own.processor.image_processor.merge_size
+        return maps_of_images(heat.mean(0), prompt.grid, merge_size)
 
     def _with_steps(
         self, question: Question, response: str, hint: Hint

@@ -18,17 +18,19 @@ def regions(heat: Tensor, at_most: int = 3) -> list[Box]:
     """The boxes of cells that are hot in a map (h, w), hottest first; none where nothing is clear.
 
     Hot and cold cells are parted where the two groups differ most (Otsu's threshold). Each box is
-    the one that holds most heat above that threshold, less what its cold cells lack. A cell counts
-    once, but costs nothing in a second box: so a row and a column that cross are two boxes, and not
-    the whole picture. A map is clear where hot cells are hotter than cold ones by CONTRAST on
-    average, in the map's own unit (plumbing.attention.peaks), and where the boxes hold the share
-    COVERED of the hot cells' heat above the threshold: heat that is scattered has no place.
+    the one that holds most heat above that threshold, less what its cold cells lack. A hot cell
+    counts once, but a second box may run over it: a row and a column that cross are two whole
+    boxes, and not the whole picture. A map is clear where hot cells are hotter than cold ones by
+    CONTRAST on average, in the map's own unit (plumbing.attention.peaks), and where the boxes hold
+    the share COVERED of the hot cells' heat above the threshold: heat that is scattered has no
+    place.
     """
     threshold, contrast = _otsu(heat.flatten())
     if contrast < CONTRAST:
         return []
     surplus = heat.double() - threshold
     all_hot = surplus.clamp(min=0).sum().item()
+    already_counted = 1e-6 * all_hot  # next to nothing, so that a box runs over such cells
     boxes, gains, covered = [], [], 0.0
     for _ in range(at_most):
         gain, (left, top, right, bottom) = _hottest_box(surplus)
@@ -36,7 +38,7 @@ def regions(heat: Tensor, at_most: int = 3) -> list[Box]:
             break
         inside = surplus[top:bottom, left:right]
         covered += inside.clamp(min=0).sum().item()
-        inside.clamp_(max=0)
+        inside.clamp_(max=already_counted)
         boxes.append((left, top, right, bottom))
         gains.append(gain)
     return boxes if covered >= COVERED * all_hot else []

@@ -506,6 +506,8 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path, capsys):
         (["--source", "attention", "--fallback-model", "m"], "--fallback-model is for"),
         (["--tries", "0"], "must be above 0"),
         (["--limit", "0"], "must be above 0"),
+        (["--samples", "0"], "must be above 0"),
+        (["--max-new-tokens", "0"], "must be above 0"),
         (["--limit", "two"], "argument --limit: invalid int value: 'two'"),
         (["--timeout", "0"], "--timeout must be above 0 and at most 86400, got 0.0"),
         (["--timeout", "inf"], "--timeout must be above 0 and at most 86400, got inf"),
@@ -580,15 +582,44 @@ def test_the_overlay_is_red_where_the_map_is_hot():
     assert green < 150
 
 
+def attention_command(folder, *options):
+    args = ["--source", "attention", "--model", str(ROOT / "toy" / "base"), "--samples", "8"]
+    return main([*args, "--out", str(folder / "h.jsonl"), *options])
+
+
 def test_attention_from_the_command(tmp_path, capsys):
-    out, maps = tmp_path / "h.jsonl", tmp_path / "maps"
-    args = ["--source", "attention", "--out", str(out), "--limit", "3"]
-    args += ["--overlay", str(maps), "--layers", "1-2"]
-    assert main([*args, "--model", str(ROOT / "toy" / "base")]) == 0
-    records = load_hints(out)
-    assert len(records) == len(list(maps.glob("*.png"))) == 3
-    with_hint = [record for record in records.values() if record["hint"]]
-    assert all(record["hint"].look and record["boxes"][0] for record in with_hint)
+    maps = tmp_path / "maps"
+    options = ["--limit", "12", "--overlay", str(maps), "--layers", "2-2"]
+    assert attention_command(tmp_path, *options) == 0
+    printed = capsys.readouterr().out
+    rows = hints_lines(tmp_path)
+    assert len(rows) == 12
+    with_hint = [row for row in rows if row["hint"]]
+    assert len(with_hint) >= 3
+    assert all(row["hint"]["look"] and row["boxes"][0] and row["response"] for row in with_hint)
+    assert len(list(maps.glob("*.png"))) >= len(with_hint)
+    right = [row for row in rows if row["response"]]
+    without = 12 - len(right)
+    assert re.search(rf"no right response +{without}\n", printed)
+    assert f"with a hint {len(with_hint)} " in printed
+    assert not (tmp_path / "h.layers.json").exists()
     # With nothing to do, no model is loaded: a model that does not exist is no error.
-    assert main([*args, "--model", "no such model"]) == 0
-    assert "3 of them in" in capsys.readouterr().out
+    assert attention_command(tmp_path, *options, "--model", "no such model") == 0
+    assert "12 of them in" in capsys.readouterr().out
+
+
+def test_the_layers_of_the_command_stand_beside_the_output(tmp_path, capsys):
+    assert attention_command(tmp_path, "--limit", "24") == 0
+    cache = tmp_path / "h.layers.json"
+    assert json.loads(cache.read_text())["layers"] == [2]
+    assert f"kept in {cache}" in capsys.readouterr().out
+    assert attention_command(tmp_path, "--limit", "25") == 0
+    assert f"layers 2, from {cache}" in capsys.readouterr().out
+
+
+def test_layers_that_the_model_does_not_have_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        attention_command(tmp_path, "--layers", "1-9")
+    assert error.value.code == 2
+    assert "layers 1-9: the model has layers 0 to 2" in last_error(capsys)
+    assert not (tmp_path / "h.jsonl").exists()

@@ -7,9 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-import hints
-from hints import CONTEXTS, Hint, NoReply, Rejected, build_hint, parse_reply, teacher_messages
-from rollout import FORMAT_PROMPT, Question, encode_prompts, student_messages
+from hints import (
+    CONTEXTS,
+    INSTRUCTION,
+    Hint,
+    NoReply,
+    Rejected,
+    attention_hint,
+    build_hint,
+    parse_reply,
+    screen_hints,
+    teacher_messages,
+)
+from rollout import FORMAT_PROMPT, Question, student_messages
 from toy import world
 
 HINT = Hint(
@@ -102,7 +112,7 @@ def test_spoilers_and_long_hints_are_taken_away_whole(base):
     questions[1].hint = Hint(steps=(f"the sum is {questions[1].answer}",))
     questions[2].hint = Hint(steps=("read " * 60,))
     questions[4].hint = None
-    assert hints.screen_hints(questions, base[1].tokenizer, 60) == {
+    assert screen_hints(questions, base[1].tokenizer, 60) == {
         "spoilers": [questions[1].id],
         "too long": [questions[2].id],
     }
@@ -186,7 +196,7 @@ def test_an_expert_is_shown_images_question_options_and_answer():
     assert turn["role"] == "user"
     assert turn["content"][:2] == [{"type": "image"}] * 2
     text = turn["content"][-1]["text"]
-    assert text.startswith(hints.INSTRUCTION)
+    assert text.startswith(INSTRUCTION)
     assert QUESTION.text in text
     assert "answer (never in the hint): 7" in text
     assert "(B) 9" in text
@@ -224,56 +234,6 @@ def test_an_expert_that_is_not_reached_costs_no_try():
 
 
 # ----------------------------------------------------------------- hints from the model's attention
-def attention_of_plain_forward(model, processor, question, answer):
-    """Attention from the answer's tokens to the image's (image tokens,), over all layers.
-
-    By one forward over prompt and answer, without a cache, that returns its attention weights.
-    """
-    [prompt] = encode_prompts(processor, [question], [student_messages(question)])
-    tokens = processor.tokenizer(answer)["input_ids"]
-    ids = torch.cat([prompt.ids, torch.tensor(tokens)]).unsqueeze(0)
-    types = torch.cat([prompt.types, torch.zeros(len(tokens), dtype=torch.long)]).unsqueeze(0)
-    out = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=types,
-        pixel_values=prompt.pixels,
-        image_grid_thw=prompt.grid,
-        output_attentions=True,
-        use_cache=False,
-    )
-    weights = torch.stack(out.attentions).mean((0, 1, 2))  # (queries, keys)
-    return weights[-len(tokens) :, types[0].bool()].mean(0)
-
-
-@torch.no_grad()
-def test_attention_maps_are_the_attention_of_a_plain_forward(tiny):
-    model, processor = tiny
-    [question] = world.puzzles("tune", 1)
-    question.images = [question.images[0].resize((140, 84)), question.images[0]]
-    question.answer = "1 2"
-    implementation = model.config.text_config._attn_implementation
-    maps = hints.attention_maps(model, processor, question, (0, 1))
-    assert [heat.shape for heat in maps] == [(3, 5), (4, 4)]
-    assert model.config.text_config._attn_implementation == implementation
-
-    model.set_attn_implementation("eager")
-    neutral = Question("", "Describe the image.", "", question.images)
-    asked = attention_of_plain_forward(model, processor, question, "1 2")
-    ground = attention_of_plain_forward(model, processor, neutral, "1 2")
-    model.set_attn_implementation(implementation)
-    ratio = asked / ground
-    expected = [ratio[:15].view(3, 5), ratio[15:].view(4, 4)]
-    for heat, part in zip(maps, expected, strict=True):
-        torch.testing.assert_close(heat, part / part.mean(), rtol=1e-3, atol=1e-4)
-
-
-def test_attention_layers_are_checked(base):
-    [question] = world.puzzles("tune", 1)
-    with pytest.raises(ValueError, match="layers 1-9: the model has layers 0 to 2"):
-        hints.attention_maps(*base, question, (1, 9))
-
-
 def column_heat(column):
     """A map (4, 4) that is hot in one column."""
     heat = torch.zeros(4, 4)
@@ -281,50 +241,38 @@ def column_heat(column):
     return heat
 
 
-@pytest.fixture
-def look_at(monkeypatch):
-    """look_at(*maps): from now on, these are the maps of the model's attention."""
-
-    def set_maps(*maps):
-        monkeypatch.setattr(hints, "attention_maps", lambda *args: list(maps))
-
-    return set_maps
-
-
 COLUMN = Question("a", "Which column holds the star?", "fifth", [Image.new("RGB", (100, 200))])
 
 
-def test_an_attention_hint_that_would_name_the_answer_says_it_without_ordinals(look_at):
+def test_an_attention_hint_that_would_name_the_answer_says_it_without_ordinals():
     question = Question("a", COLUMN.text, "third", COLUMN.images)
-    look_at(column_heat(2))
-    hint, reasons, _, boxes = hints.attention_hint(None, None, question)
+    hint, reasons, boxes = attention_hint(question, [column_heat(2)])
     assert hint.look == ("the middle part, from top to bottom",)
     assert not reasons
     assert boxes == [[[50, 0, 75, 200]]]
-    hint, *_ = hints.attention_hint(None, None, COLUMN)
+    hint, *_ = attention_hint(COLUMN, [column_heat(2)])
     assert hint.look == ("the third column from the left",)
 
 
-def test_an_attention_hint_without_a_region_is_none(look_at):
-    look_at(torch.ones(4, 4))
-    hint, reasons, _, boxes = hints.attention_hint(None, None, COLUMN)
+def test_an_attention_hint_without_a_region_is_none():
+    hint, reasons, boxes = attention_hint(COLUMN, [torch.ones(4, 4)])
     assert (hint, reasons, boxes) == (None, ["no region stands out"], [[]])
 
 
-def test_an_attention_hint_that_spoils_in_any_words_is_none(look_at):
+def test_an_attention_hint_that_spoils_in_any_words_is_none():
     question = Question("a", "Where is the star?", "left", COLUMN.images)
-    look_at(column_heat(0))  # "the first column from the left", "the left part"
-    hint, reasons, _, boxes = hints.attention_hint(None, None, question)
+    # "the first column from the left", "the left part"
+    hint, reasons, boxes = attention_hint(question, [column_heat(0)])
     assert hint is None
     assert len(reasons) == 1
     assert "left" in reasons[0]
     assert boxes == [[[0, 0, 25, 200]]]
 
 
-def test_an_attention_hint_names_the_picture_where_there_are_several(look_at):
+def test_an_attention_hint_names_the_picture_where_there_are_several():
     images = [Image.new("RGB", (100, 200)), Image.new("RGB", (40, 40))]
-    look_at(column_heat(2), column_heat(0))
-    hint, _, _, boxes = hints.attention_hint(None, None, Question("a", "Which?", "9", images))
+    maps = [column_heat(2), column_heat(0)]
+    hint, _, boxes = attention_hint(Question("a", "Which?", "9", images), maps)
     assert hint.look == (
         "the third column from the left of the first picture",
         "the first column from the left of the second picture",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from plumbing.places import in_pixels, place_words, regions
+from plumbing.places import _hottest_box, in_pixels, place_words, regions
 
 
 def test_regions_are_the_hot_areas_hottest_first():
@@ -20,14 +20,57 @@ def test_regions_are_the_hot_areas_hottest_first():
 
 def test_a_flat_map_has_no_region():
     assert regions(torch.ones(3, 3)) == []
+    assert regions(torch.ones(1, 1)) == []
 
 
-def test_cells_that_touch_at_a_corner_are_two_regions_and_a_bent_area_is_one():
+def test_cells_that_touch_at_a_corner_are_two_regions_and_an_angle_is_two_bands():
     heat = torch.zeros(6, 6)
     heat[0, 0:3] = 5
     heat[0:3, 2] = 5  # an angle
     heat[3, 3] = 9
-    assert regions(heat) == [(0, 0, 3, 3), (3, 3, 4, 4)]
+    boxes = regions(heat)
+    assert set(boxes) == {(0, 0, 3, 1), (2, 0, 3, 3), (3, 3, 4, 4)}
+
+
+def test_a_row_and_a_column_that_cross_are_two_whole_regions():
+    for row in range(5):
+        for column in range(4):
+            heat = torch.rand(5, 4, generator=torch.Generator().manual_seed(row))
+            heat[row] += 8
+            heat[:, column] += 8
+            heat[row, column] -= 8
+            assert set(regions(heat)) == {(0, row, 4, row + 1), (column, 0, column + 1, 5)}
+
+
+def test_the_hottest_box_is_the_best_of_all_boxes():
+    """Of a map without cold cells between hot ones: by trying them all."""
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        surplus = torch.randn(4, 5, generator=draw).double()
+        sums = {
+            (left, top, right, bottom): surplus[top:bottom, left:right].sum().item()
+            for top in range(4)
+            for bottom in range(top + 1, 5)
+            for left in range(5)
+            for right in range(left + 1, 6)
+        }
+        gain, box = _hottest_box(surplus)
+        assert gain == pytest.approx(max(sums.values()))
+        assert sums[box] == pytest.approx(gain)
+
+
+def test_a_map_is_not_clear_where_hot_cells_are_hardly_hotter():
+    heat = torch.zeros(4, 4)
+    heat[1] = 1.1
+    assert regions(heat) == [(0, 1, 4, 2)]
+    assert regions(heat * 0.9) == []
+
+
+def test_scattered_heat_has_no_region_and_a_place_in_it_has_one():
+    noise = torch.rand(30, 36, generator=torch.Generator().manual_seed(0)) ** 8 * 9
+    assert regions(noise) == []
+    noise[10:16, 5:15] += 9
+    assert regions(noise)[0] == (5, 10, 15, 16)
 
 
 @pytest.mark.parametrize(
