@@ -102,7 +102,10 @@ def check_options(script, args):
 
 def run_build_hints(args, place, server):
     (place / "hints.jsonl").unlink()
-    args[args.index("--api-base") + 1] = server.url
+    if "--api-base" in args:
+        args[args.index("--api-base") + 1] = server.url
+    else:  # by the model itself, which is random and never ends its response
+        args += ["--samples", "1", "--max-new-tokens", "4"]
     assert build_hints(args) == 0
     assert len(load_hints(place / "hints.jsonl")) == 4
 
