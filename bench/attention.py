@@ -8,7 +8,7 @@
 Two tables. *Maps*: how much of a map lies on the row or column that the question is about, and how
 often that line is the hottest of its kind, per layer and source. Chance is 1/4; for "cross" the
 share is 7/16 and both lines are the hottest in 1 of 16. *Hints*: how many questions get one from
-their own responses, and how many of these name the right place and no other, at 4 to 32 samples.
+their own responses, and how many of these name the right place and no other, at 4 to 64 samples.
 
 The sources of a map: "answer" is what we did before (the mean look of the answer's tokens, relative
 to a neutral question), "solution" the world's own text, "own" the model's first right response
@@ -56,7 +56,7 @@ from toy import own_hints, world
 from toy.settings import SETTINGS
 
 ROWS = RESULTS / "attention.jsonl"
-SAMPLES = (4, 8, 16, 32)
+SAMPLES = (4, 8, 16, 32, 64)
 SOURCES = ("answer", "solution", "own", "own, mean", "own x gradient")
 FAMILIES = world.FAMILIES
 CELLS = (world.GRID, world.GRID)
@@ -146,9 +146,10 @@ def on_lines(heat: Tensor, puzzle: world.Puzzle) -> tuple[float, bool]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
+    """The mean and its standard error; 0 for a single value."""
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    error = values.std(correction=0) / max(1, len(values) - 1) ** 0.5
+    return values.mean().item(), error.item()
 
 
 def map_rows(measured: dict[tuple, list[tuple[float, bool]]]) -> list[dict]:
@@ -259,9 +260,13 @@ def measure(questions: int) -> list[dict]:
 
 # ------------------------------------------------------------------------------------ the output
 def percent(row: dict, name: str) -> str:
-    if name not in row:
+    if name not in row:  # among few questions a family may have none
         return "-"
     return f"{100 * row[name]:.1f} ± {100 * row[name + '_error']:.1f}"
+
+
+def share_of_questions(row: dict) -> str:
+    return f"{100 * row['hints'] / row['questions']:.1f}" if row else "-"
 
 
 def tables(rows: list[dict]) -> str:
@@ -279,7 +284,7 @@ def tables(rows: list[dict]) -> str:
     cells = []
     for source in SOURCES:
         for layer in layers:
-            of_families = [maps[source, layer, family] for family in FAMILIES]
+            of_families = [maps.get((source, layer, family), {}) for family in FAMILIES]
             shares = [percent(row, "share") for row in of_families]
             cells.append([source, layer, *shares, *(percent(r, "hottest") for r in of_families)])
     shares = [f"share: {family}" for family in FAMILIES]
@@ -288,8 +293,8 @@ def tables(rows: list[dict]) -> str:
     hints = {(r["source"], r["samples"], r["family"]): r for r in rows if r["kind"] == "hint"}
     cells = []
     for source, samples in sorted({(source, samples) for source, samples, _ in hints}):
-        of_families = [hints[source, samples, family] for family in FAMILIES]
-        has = [f"{100 * row['hints'] / row['questions']:.1f}" for row in of_families]
+        of_families = [hints.get((source, samples, family), {}) for family in FAMILIES]
+        has = [share_of_questions(row) for row in of_families]
         right = [percent(row, "right_place") for row in of_families]
         cells.append([source, str(samples or "-"), *has, *right])
     has = [f"with a hint: {family}" for family in FAMILIES]

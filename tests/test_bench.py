@@ -7,6 +7,7 @@ penalty. No timing here.
 """
 
 import copy
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -25,11 +26,12 @@ from ptdpo import PTDPOConfig
 from toy import world
 
 sys.path.insert(0, str(ROOT / "bench"))
+import attention  # noqa: E402
 import bench_default  # noqa: E402
 import claims  # noqa: E402
 from arms import ABLATIONS, ARMS, GRIDS, TEACHERS, Patches  # noqa: E402
 from claims_report import table  # noqa: E402
-from common import measured_recipe, rows_of  # noqa: E402
+from common import load_rows, measured_recipe, rows_of  # noqa: E402
 
 TINY = shlex.split("--questions 3 --group-size 3 --max-new-tokens 28 --beta-kl 1")
 PATCHED = [arm for arm in ARMS if ARMS[arm].patch]
@@ -290,3 +292,29 @@ def test_the_best_of_a_complete_grid_is_chosen():
     grid = [row for row in rows if row["split"] == "tune" and row["arm"] == "PTD-PO"]
     assert len(grid) == len(GRIDS["PTD-PO"])
     assert claims.chosen(grid[1:], "PTD-PO") is None
+
+
+# --------------------------------------------------------------------- where the model looks
+def test_the_attention_tables_of_the_docs_are_those_of_the_stored_rows():
+    page = (ROOT / "docs" / "hints.md").read_text("utf-8")
+    section = page.partition("### How good these hints are")[2].partition("\n## ")[0]
+    measured = attention.tables(load_rows(attention.ROWS)).splitlines()
+    shown = [line for line in section.splitlines() if "±" in line]
+    assert len(shown) >= 10
+    assert set(shown) <= set(measured)
+
+
+def test_a_few_puzzles_of_the_attention_bench(tmp_path, monkeypatch):
+    """The world's own solution points at its lines; the rows replace those of another run."""
+    monkeypatch.setattr(attention, "ROWS", tmp_path / "attention.jsonl")
+    monkeypatch.setattr(attention, "SAMPLES", (2, 4))
+    monkeypatch.setattr(attention, "LAYER_QUESTIONS", 16)
+    attention.ROWS.write_text("{}\n")
+    rows = attention.measure(6)
+    assert load_rows(attention.ROWS) == json.loads(json.dumps(rows))
+    of_solutions = [row for row in rows if row.get("source") == "solution" and row["layer"] == "2"]
+    assert sum(row["questions"] for row in of_solutions) == 6
+    assert all(row["hottest"] == 1 for row in of_solutions)
+    counts = [row for row in rows if row["kind"] == "hint" and row["samples"] == 4]
+    assert sum(row["questions"] for row in counts) == 6
+    assert "| own | 4 |" in attention.tables(rows)
