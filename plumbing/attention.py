@@ -132,7 +132,7 @@ def _watched(model, look: Callable[[int, Tensor, Tensor, float], None]):
         return attend(module, query, key, *others, **settings)
 
     AttentionInterface.register(WATCHED, watched)
-    # TRAP: without a mask function of this name the model attends without any mask
+    # without a mask function of this name no mask would be made, whatever the prompt
     AttentionMaskInterface.register(WATCHED, AttentionMaskInterface()["sdpa"])
     before = model.config.text_config._attn_implementation
     model.set_attn_implementation({"text_config": WATCHED})
