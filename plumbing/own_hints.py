@@ -157,7 +157,9 @@ def layers_for(
         if saved["model"] == name:
             print(f"layers {_listed(saved['layers'])}, from {cache}")
             return tuple(saved["layers"])
-    scores = scores_of_layers(own, questions[:LAYER_QUESTIONS])
+    some = questions[:LAYER_QUESTIONS]
+    print(f"{own.samples} responses to each of {len(some)} questions choose the layers")
+    scores = scores_of_layers(own, some)
     layers = choose_layers(scores)
     if len(layers) == layer_count(own.model):
         print(f"all layers: {len(scores)} questions did not tell them apart")
