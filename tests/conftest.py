@@ -10,6 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from beside import (  # noqa: F401  pytest finds hooks and a fixture here
+    beside,
+    pytest_collection_finish,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_sessionfinish,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -25,13 +25,13 @@ OPTIONS = shlex.split(
 SHORT = shlex.split("--group-size 2 --eval-questions 1 --eval-every 9 --name equal")
 
 
-def run_script(folder, processes, *args, torchrun=False):
-    """tests/two_processes.py in `folder`, in so many processes that are joined."""
+def run_script(folder, processes, *args, torchrun=False, script=SCRIPT):
+    """tests/two_processes.py, or another script, in `folder`, in so many joined processes."""
     launch = [str(ROOT / "tests" / "forked.py"), str(processes)]
     if torchrun:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *launch, SCRIPT, *args],
+        [sys.executable, *launch, script, *args],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -41,11 +41,13 @@ def run_script(folder, processes, *args, torchrun=False):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What tests/two_processes.py saves in two processes."""
-    folder = tmp_path_factory.mktemp("two")
+def start_two(folder):
+    """tests/two_processes.py in two processes."""
     run_script(folder, 2, "out")
+
+
+def saved_by_two(folder):
+    """What tests/two_processes.py has saved."""
     saved = torch.load(folder / "out")
     assert saved["processes"] == 2
     return saved
@@ -58,22 +60,25 @@ def assert_weights_close(ours, expected, rtol):
         assert (ours[name] - value).abs().max() <= rtol * value.abs().max(), name
 
 
-def test_two_processes_give_the_gradient_of_one(two):
+@pytest.mark.beside(program=start_two)
+def test_two_processes_give_the_gradient_of_one(beside):
     """gloo, with other numbers of tutored tokens per process; in case "one" a process has none."""
-    one, both = two_processes.gradients(two_processes.make_trainer()), two["ddp"]
+    both = saved_by_two(beside)["ddp"]
+    one = two_processes.gradients(two_processes.make_trainer())
     for case in ("unequal", "one"):
         assert one[case]["parts"]["kl"] > 0
         assert_close(both[case]["grads"], one[case]["grads"], 1e-5)
         assert both[case]["parts"] == pytest.approx(one[case]["parts"], rel=1e-5, abs=1e-9)
 
 
-def test_two_sharded_processes_do_three_steps_as_one_does(two, tmp_path):
+@pytest.mark.beside(program=start_two)
+def test_two_sharded_processes_do_three_steps_as_one_does(beside, tmp_path):
     """FSDP2 over gloo, student and reference sharded.
 
     One process has nothing to tutor and fewer micro-batches; the other has no image in one of its
     questions. Losses, weights, what the trained student samples, and a checkpoint.
     """
-    both = two["fsdp"]
+    both = saved_by_two(beside)["fsdp"]
     trainer = two_processes.make_trainer(**two_processes.SHARDED_RUN)
     one = two_processes.sharded_run(trainer, str(tmp_path / "alone"))
     assert not one["sharded"]
@@ -112,19 +117,23 @@ def test_the_committed_fsdp_settings_are_ones_that_accelerate_knows():
 HALF_PRECISION = shlex.split("--precision bf16 --gradient-checkpointing --updates 2 --beta-kl 0.1")
 
 
-def test_fsdp_bf16_trains_as_one_process_does(tmp_path, monkeypatch, any_precision):
+def start_bf16(folder):
+    """Two steps in two sharded processes that torchrun starts; three go on for two more."""
+    words = ("train", *OPTIONS, *HALF_PRECISION, "--steps", "2", "--name", "sharded")
+    run_script(folder, 2, *words, torchrun=True)
+    run_script(folder, 3, "train", "--resume", "runs/sharded", "--steps", "4")
+
+
+@pytest.mark.beside(program=start_bf16)
+def test_fsdp_bf16_trains_as_one_process_does(beside, tmp_path, monkeypatch, any_precision):
     """accelerate's own policy of mixed precision casts log-probs to bfloat16: the run ended there.
 
     Two updates on a rollout, vision tower trained, two processes; three go on from their
     checkpoint. The log is that of one process, and the model loads.
     """
     monkeypatch.chdir(tmp_path)
-    options = [*OPTIONS, *HALF_PRECISION]
-    train.main([*options, "--steps", "4", "--name", "alone"])
-    words = ("train", *options, "--steps", "2", "--name", "sharded")
-    run_script(tmp_path, 2, *words, torchrun=True)
-    run_script(tmp_path, 3, "train", "--resume", "runs/sharded", "--steps", "4")
-    alone, sharded = tmp_path / "runs" / "alone", tmp_path / "runs" / "sharded"
+    train.main([*OPTIONS, *HALF_PRECISION, "--steps", "4", "--name", "alone"])
+    alone, sharded = tmp_path / "runs" / "alone", beside / "runs" / "sharded"
     assert [row["step"] for row in logged(sharded)] == [0, 1, 2, 3, 4]
     for expected, row in zip(logged(alone)[1:], logged(sharded)[1:], strict=True):
         for name in ("reward", "tutored", "length", "tutor_loss", "entropy", "grad_norm"):
@@ -170,7 +179,12 @@ def test_responses_of_one_token_take_as_many_passes_as_others(base):
     assert torch.allclose(*logp, atol=1e-5)
 
 
-def test_fsdp_check_in_bf16_passes(tmp_path):
+def start_check(folder):
+    """--check in two sharded processes: it raises where the exit code is not 0."""
+    run_script(folder, 2, "train", "--check", *HALF_PRECISION, "--group-size", "2")
+
+
+@pytest.mark.beside(program=start_check)
+def test_fsdp_check_in_bf16_passes(beside):
     """--check collects norms of sharded gradients; its bounds hold in bfloat16."""
-    run_script(tmp_path, 2, "train", "--check", *HALF_PRECISION, "--group-size", "2")
-    assert not (tmp_path / "runs").exists()
+    assert not (beside / "runs").exists()

@@ -20,6 +20,7 @@ from plumbing.stopping import Stopped
 from rollout import encode_prompts, sample_groups, student_messages
 from toy import world
 
+STOPPED = str(ROOT / "tests" / "stopped_processes.py")
 RUN = shlex.split(
     "--steps 3 --questions 2 --group-size 4 --eval-questions 6 --eval-every 2 --micro-tokens 300"
 )
@@ -195,28 +196,39 @@ def test_a_stop_after_a_checkpoint_does_not_write_it_again(tmp_path, monkeypatch
     assert saved == [2]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_processes_stop_together_where_one_got_the_signal(mode, tmp_path, monkeypatch):
-    """gloo, unequal numbers of micro-batches (DDP); no process is left waiting for the other.
+def start_ddp(folder):
+    """Two processes, not sharded, of which one gets a signal."""
+    test_models.run_script(folder, 2, "ddp", script=STOPPED)
 
-    And torch.distributed has our time-out.
-    """
-    monkeypatch.setattr(test_models, "SCRIPT", str(ROOT / "tests" / "stopped_processes.py"))
-    test_models.run_script(tmp_path, 2, mode)
-    reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1)]
-    if mode == "ddp":  # the signal in micro-batch 5 of process 0 waits: process 1 has three
-        assert [report["scored"] for report in reports] == [
-            [[6, 1, True], [6, 6, True]],
-            [[3, 1, True], [3, 3, True]],
-        ]
-    else:
-        for report in reports:
-            assert report["scored"] == [[6, 1, True], [6, 5, True]]
+
+def start_fsdp(folder):
+    """Two sharded processes, of which one gets a signal."""
+    test_models.run_script(folder, 2, "fsdp", script=STOPPED)
+
+
+def assert_both_stopped(folder, scored):
+    """Both processes ended alike, with a checkpoint; and torch.distributed has our time-out."""
+    reports = [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [report["scored"] for report in reports] == scored
     for report in reports:
         assert report["questions"] == 2
         assert report["code"] == 143
         assert timedelta(seconds=report["timeout"]) == runs.PROCESS_TIMEOUT
-    assert checkpoint_names(tmp_path / "runs" / "two") == ["step-00000002"]
+    assert checkpoint_names(folder / "runs" / "two") == ["step-00000002"]
+
+
+@pytest.mark.beside(program=start_ddp)
+def test_two_processes_stop_together_where_one_got_the_signal(beside):
+    """gloo, unequal numbers of micro-batches: no process is left waiting for the other.
+
+    The signal in micro-batch 5 of process 0 waits: process 1 has three.
+    """
+    assert_both_stopped(beside, [[[6, 1, True], [6, 6, True]], [[3, 1, True], [3, 3, True]]])
+
+
+@pytest.mark.beside(program=start_fsdp)
+def test_two_sharded_processes_stop_together_where_one_got_the_signal(beside):
+    assert_both_stopped(beside, [[[6, 1, True], [6, 5, True]]] * 2)
 
 
 # ---------------------------------------------------------------------------- at once, or too early
