@@ -48,8 +48,8 @@ class Hint:
                 raise ValueError(
                     f"hint field {part!r} must be a list of non-empty texts, got {phrases!r}"
                 )
-            # they would change how many images the prompt has
-            if any("<image>" in phrase or "<|" in phrase for phrase in phrases):
+            # they would change how many images the prompt has; |x|<|y| is no token
+            if any(re.search(r"<image>|<\|\w{2,}\|>", phrase) for phrase in phrases):
                 raise ValueError(f"hint field {part!r} holds a special token: {phrases!r}")
             object.__setattr__(self, part, tuple(phrase.strip() for phrase in phrases))
         if not (self.look or self.ignore or self.steps):

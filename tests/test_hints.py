@@ -60,6 +60,10 @@ def test_bad_hints(bad, message):
         Hint.from_json(bad)
 
 
+def test_a_comparison_of_absolute_values_is_no_special_token():
+    assert Hint(steps=("use |x|<|y|",)).steps == ("use |x|<|y|",)
+
+
 def test_a_text_is_no_part_of_a_hint():
     with pytest.raises(ValueError, match="'look' must be a list of non-empty texts"):
         Hint(look="the bar")
