@@ -1,232 +1,37 @@
 """Does a text give the answer away?
 
-`find_spoilers` gives the reasons. Each rule is one function, and all rules read texts that
-`_normal` has brought into one form. The rules are strict: they would rather reject a good hint,
-which is then written anew, than let an answer through.
+`find_spoilers` climbs a ladder of rules, `_RULES`. Each rule is one function that reads a
+`spoiler_case.Case` and yields reasons. The central rule, `_states_number`, asks of each number of
+the hint whether the question states it. If not, it was read off the picture or computed: a leak,
+unless plumbing.innocent_numbers knows better. The rules are strict: a good hint that they reject is
+written anew.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import unicodedata
+from collections.abc import Iterator
 from fractions import Fraction
+from functools import cache
 
-from plumbing.answers import (
-    ARTICLES,
-    DIGIT_OR_COMMAND,
-    YES_OR_NO,
-    pick_option,
-    plain_latex,
-    split_unit,
-    to_number,
-    unboxed,
+from plumbing.answers import ARTICLES, DIGIT_OR_COMMAND, YES_OR_NO, split_unit, to_number
+from plumbing.innocent_numbers import is_innocent, place_of, unit_of, units_in
+from plumbing.number_words import Number
+from plumbing.spoiler_case import (
+    CHOSEN,
+    END_OF_CLAUSE,
+    LETTERS,
+    ORDINALS,
+    Case,
+    Gold,
+    has_word,
+    part_value,
+    plain_words,
+    read_case,
+    sentences,
+    whole_numbers,
 )
-
-
-def _not_after(words: str) -> str:
-    """A pattern: none of these words, with a blank, stands before this place."""
-    return "".join(rf"(?<!{word} )" for word in words.split())
-
-
-# ------------------------------------------------------------------------------- number words
-
-_ONES = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen
-"""
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_SMALL = {
-    **dict(zip(_ONES.split(), range(20), strict=True)),
-    **dict(zip(_TENS.split(), range(20, 100, 10), strict=True)),
-}
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000}
-
-_DENOMINATORS = {
-    "half": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "seventh": 7,
-    "eighth": 8,
-    "ninth": 9,
-    "tenth": 10,
-}
-
-# One word of a number: "twenty", "hundred", "a hundred". Longer words first: "seven" must not be
-# read where "seventy" stands.
-_NUMBER_WORDS = "|".join(sorted([*_SMALL, *_SCALES], key=len, reverse=True))
-_NUMBER_WORD = rf"(?:an? (?=dozen|hundred|thousand))?(?:{_NUMBER_WORDS})"
-
-# A number in words: "a hundred and twenty-one".
-# TRAP: the repetition is bounded, so that a long run of such words does not cost its square.
-_CARDINAL_PATTERN = rf"{_NUMBER_WORD}(?:(?:-| and | )?\b{_NUMBER_WORD}\b){{0,8}}"
-_CARDINAL = re.compile(rf"\b{_CARDINAL_PATTERN}\b", re.I)
-
-# "two thirds", "a half", "two halves"
-_FRACTION = re.compile(
-    rf"\b({_CARDINAL_PATTERN}|an?)[- ]({'|'.join(_DENOMINATORS)}|halve)s?\b", re.I
-)
-_OF_OR_AS = re.compile(r" (?:of|as)\b")
-
-# "half of", "half the", "half as"; not "the left half of", which is a place
-_HALF = re.compile(
-    _not_after("left right upper lower top bottom other each first second")
-    + r"\bhalf (?:of|the|as)\b",
-    re.I,
-)
-
-# What stands before a "one" that is the number 1: "exactly one", "= one"
-_BEFORE_NUMBER_ONE = re.compile(
-    r"(?:exactly|only|just|(?<!there )is|are|equals?|[=:]|makes|gives|number) *$", re.I
-)
-
-
-def _cardinal(words: str) -> int:
-    """The value of a number in words: "two thousand and twelve" -> 2012, at most 10**18."""
-    total = group = 0
-    for word in re.findall("[a-z]+", words.lower()):
-        if word in _SCALES:
-            group = max(1, group) * _SCALES[word]
-        else:
-            group += _SMALL.get(word, 0)
-        if word == "thousand":
-            total, group = total + group, 0
-    return min(total + group, 10**18)
-
-
-def _cardinal_in_digits(match: re.Match) -> str:
-    """A match of _CARDINAL in digits; "one" stays where it may be a pronoun: "the blue one"."""
-    words = match[0]
-    if words.lower() == "one" and not _BEFORE_NUMBER_ONE.search(match.string, 0, match.start()):
-        return words
-    return str(_cardinal(words))
-
-
-def _fraction_in_digits(match: re.Match) -> str:
-    """A match of _FRACTION in digits: "two thirds" -> "2/3".
-
-    "the left half" is a place. "a fifth line" is a place too, but "a fifth of" is a number.
-    """
-    top, bottom = match[1], match[2].lower()
-    article = top.lower() in ("a", "an")
-    if article and not _OF_OR_AS.match(match.string, match.end()):
-        return match[0]
-    return f"{_cardinal(top) or 1}/{_DENOMINATORS.get(bottom, 2)}"
-
-
-# ----------------------------------------------------------------------------------- one form
-
-# Mathematics mode, Markdown's bold and code. "$5" keeps its sign.
-_MARKUP = re.compile(r"\\\(|\\\)|\\\[|\\\]|(?<!\\)\$(?!\d)|\*\*|`")
-_PER_CENT = re.compile(r" ?\bper ?cent\b", re.I)
-_POINT = re.compile(r"(\d) point (?=\d)")
-
-
-def _normal(text: str) -> str:
-    """The text without disguises: "**Twó** point five per cent" -> "2.5 %".
-
-    Unicode forms, accents, invisible signs, LaTeX and markup are gone, and number words are digits.
-    """
-    text = plain_latex(_MARKUP.sub(" ", _without_marks(plain_latex(text))))
-    text = _PER_CENT.sub(" %", text)
-    text = _FRACTION.sub(_fraction_in_digits, text)
-    text = _HALF.sub("1/2", text)
-    text = _CARDINAL.sub(_cardinal_in_digits, text)
-    return _POINT.sub(r"\1.", text)
-
-
-def _without_marks(text: str) -> str:
-    """The text without accents and invisible signs: Unicode's categories Mn and Cf."""
-    return "".join(
-        character
-        for character in unicodedata.normalize("NFKD", text)
-        if unicodedata.category(character) not in ("Mn", "Cf")
-    )
-
-
-_NUMBER = re.compile(
-    r"""
-    \\frac [ ]? (?: \{[ ]?\d+[ ]?\} | \d ) [ ]? (?: \{[ ]?\d+[ ]?\} | \d )  # \frac{1}{2}, \frac12
-    | \d+ [ ] \d+ [ ]? / [ ]? \d+                                           # 1 1/2
-    | (?: \d{1,3}(?:,\d{3})+(?!\d) | \d+ )?                                 # 1,200  1200
-      (?: (?<=\d) | (?=\.\d) )
-      (?: \.\d+ )?                                                          # .5
-      (?: [eE][-+]?\d+ | [ ]?/[ ]?\d+ | \^\{?\d+\}? )?                      # 1e5  1/2  2^3
-      (?: [ ]?% )?
-    """,
-    re.VERBOSE,
-)
-
-
-def _values(text: str) -> dict[Fraction | float, int]:
-    """The numbers in a normal text, each with the count of characters after its point.
-
-    A number with a percent sign counts without it too: "25 %" -> 1/4 and 25.
-    """
-    values = {}
-    for match in _NUMBER.finditer(text):
-        for form in {match[0], match[0].rstrip("% ")}:
-            value = to_number(form) if form else None
-            if value is not None:
-                decimals = len(form.partition(".")[2])
-                values[value] = max(values.get(value, 0), decimals)
-    return values
-
-
-# -------------------------------------------------------------------- the question, the answer
-
-_OPTION_LETTERS = "ABCDEFGH"
-_OPTION_MARK = re.compile(rf"(?:^|(?<=[\s;,]))\(?([{_OPTION_LETTERS}])[).:]\s")
-
-_PAIR_OF_BRACKETS = re.compile(r"^\s*\$?[(\[{⟨]?(.*?)[)\]⟩]?\$?\s*$")
-_BETWEEN_PARTS = re.compile(r"\s*(?:,(?!\d{3}(?!\d))|;|&|\band\b|\bor\b)\s*")  # 1,200 is one part
-_NAMED_VALUE = re.compile(r"^[a-zA-Z]\w? ?= ?")
-
-_LONE_LETTER = re.compile(r"\(?[A-Za-z]\)?\.?")
-
-
-def _inline_choices(question: str) -> tuple[str, list[str]]:
-    """A question that lists its options -> what stands before them, and their texts.
-
-    It lists them as "(A) 3 (B) 5" or "A. 3 B. 5". Any other question has no options.
-    """
-    marks = list(_OPTION_MARK.finditer(question))
-    letters = "".join(mark[1] for mark in marks)
-    start = letters.find("AB")
-    if start < 0:
-        return question, []
-    in_order = zip(marks[start:], _OPTION_LETTERS, strict=False)
-    marks = [mark for mark, letter in in_order if mark[1] == letter]
-    ends = [mark.start() for mark in marks[1:]] + [len(question)]
-    options = [
-        question[mark.end() : end].strip(" ;,\n") for mark, end in zip(marks, ends, strict=True)
-    ]
-    return question[: marks[0].start()], options
-
-
-def _letter_and_text(answer: str, options: list[str]) -> tuple[str | None, str]:
-    """The letter and the text of the gold answer: "B" of "3", "5" -> "B", "5".
-
-    No letter where the answer is no option; no text where it is a letter without options.
-    """
-    place = pick_option(answer.strip().rstrip("."), options) if options else None
-    if place is not None:
-        return chr(ord("A") + place), options[place]
-    if _LONE_LETTER.fullmatch(answer.strip()):
-        return answer.strip(" ().").upper(), ""
-    return None, answer
-
-
-def _parts(answer: str) -> list[str]:
-    """The parts of an answer, none of which a hint may hold: "(3, x = 5)" -> "3", "5"."""
-    listed = _BETWEEN_PARTS.split(_PAIR_OF_BRACKETS.sub(r"\1", answer))
-    parts = [_NAMED_VALUE.sub("", _normal(part).rstrip(".! ")) for part in listed]
-    return [part for part in parts if part]
-
-
-# -------------------------------------------------------------------------------------- rules
 
 
 def find_spoilers(
@@ -235,215 +40,466 @@ def find_spoilers(
     """Reasons why the text of a hint gives something away; an empty list: it may be used.
 
     text: the hint; question: the question's text, with its options in it or in `choices`; answer:
-    the gold answer. The rules, and the order of the reasons: no "the answer is"; no computed result
-    ("= 50"); no option's letter; no part of the answer, as its text, as an equal number or as an
-    option's text, in any disguise (LaTeX, Unicode, words, letters spaced out or reversed). What the
-    question itself states or names outside of its options may be repeated.
+    the gold answer. The reasons come in the order of `_RULES`. What the question itself states or
+    names outside of its options may be repeated.
     """
-    stem, options = (question, choices) if choices else _inline_choices(question)
-    text, stem = _normal(text), _normal(stem)
-    reasons = []
-    if _ANSWER_IS.search(text):
-        reasons.append("names the answer")
-    if _states_result(text, stem):
-        reasons.append("states a computed result")
-    letter, answer = _letter_and_text(unboxed(answer), options)
-    if letter and _names_option(letter, text, stem):
-        reasons.append(f"names the option: {letter}")
-    for part in _parts(answer):
-        reason = _holds(part, text, stem)
-        if reason:
-            reasons.append(f"{reason}: {part}")
-    return reasons
+    case = read_case(text, question, answer, choices)
+    return list(dict.fromkeys(reason for rule in _RULES for reason in rule(case)))
 
 
-def _only_in_hint(pattern: str, text: str, stem: str) -> bool:
-    """The pattern occurs in the hint, but not in the question."""
-    return re.search(pattern, text) is not None and re.search(pattern, stem) is None
+# ------------------------------------------------------------------------ the answer is named
 
-
-# --- the answer is named, a result is stated
-
-# "the answer is", "solution:", "the correct option"
+# "the answer is", "solution:", "the correct option has"; not "choose the correct option"
+_VERBS = "choose select find pick mark identify"
+_NOT_SOUGHT = "".join(rf"(?<!{verb} the )" for verb in _VERBS.split())
 _ANSWER_IS = re.compile(
-    r"""
-    \b(?:answer|solution) \s* (?: is | : | = | must[ ]be | should[ ]be | equals )
-    | \b(?:correct|right) [ ] (?:option|choice|answer)\b
-    """,
-    re.VERBOSE | re.I,
+    r"\b(?:answer|solution)\s*(?:is|:|=|must be|should be|equals)"
+    rf"|{_NOT_SOUGHT}\b(?:correct|right) (?:option|choice|answer) (?!and\b|among\b|by\b)",
+    re.I,
 )
+_ANSWER_WORDS = ("answer", "solution", "option", "choice")
+_DEPENDS = re.compile(r"\b(?:if|whether|unless|otherwise|when|depending)\b", re.I)
 
-# What stands before a computed result: "= ", "adds up to ", "there are exactly "
+
+def _names_answer(case: Case) -> Iterator[str]:
+    """ "the answer is the second one"; not "the answer is yes if both agree"."""
+    if not any(word in case.words for word in _ANSWER_WORDS):
+        return
+    for sentence in case.sentences:
+        if _ANSWER_IS.search(sentence) and not _DEPENDS.search(sentence):
+            yield "names the answer"
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+def _states_number(case: Case) -> Iterator[str]:
+    """The hint states a number that the question does not: read off, computed, or the answer."""
+    for number in case.numbers:
+        if _is_known(number, case):
+            continue
+        gold = _gold_of(number, case)
+        if not gold and _combines_known(number, case):
+            continue
+        if is_innocent(place_of(number, case.text, case.stem, gold is not None)):
+            continue
+        yield (
+            f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"
+        )
+
+
+_COUNTED = re.compile(r"\b(?:the|these|all|of) $")
+
+
+def _is_known(number: Number, case: Case) -> bool:
+    """The question states the number, or it counts the options: "the four years"."""
+    if any(value in case.known for value in number.values):
+        return True
+    if number.values[0] != len(case.options):
+        return False
+    return _COUNTED.search(case.text, max(0, number.start - 8), number.start) is not None
+
+
+_PLAIN_FACTORS = {*map(Fraction, (1, 2, 3, 4, 90, 100, 180, 360))}
+
+
+def _combines_known(number: Number, case: Case) -> bool:
+    """An expression of stated and general numbers, not worked out: "60/360"."""
+    pieces = whole_numbers(number.text)
+    if len(pieces) < 2 or "." in number.text:
+        return False
+    return pieces <= case.known | _PLAIN_FACTORS and not pieces.isdisjoint(case.known)
+
+
+def _gold_of(number: Number, case: Case) -> Gold | None:
+    """The part of the answer that a number is a form of: 0.33 of 1/3, 2 hours of 120 minutes."""
+    for gold in case.golds:
+        for value in number.values:
+            if any(_is_rounded(form, value, number.decimals) for form in gold.forms):
+                return gold
+        if _converts(number, gold, case):
+            return gold
+    return None
+
+
+def _is_rounded(gold: Fraction | float, value: Fraction | float, decimals: int) -> bool:
+    """The value is the gold value, exactly or rounded to at least two decimals."""
+    if value == gold:
+        return True
+    if decimals < 2 or max(value, gold) > 1e15:
+        return False
+    return abs(float(value) - float(gold)) * 10**decimals <= 0.5
+
+
+def _converts(number: Number, gold: Gold, case: Case) -> bool:
+    """The number is the gold one in another unit of the same dimension."""
+    unit = unit_of(number, case.text)
+    if unit is None or not isinstance(gold.value, Fraction):
+        return False
+    gold_units = units_in(gold.part) or units_in(case.stem)
+    if not gold_units or gold_units[-1][0] != unit[0] or gold_units[-1][1] == unit[1]:
+        return False
+    return any(value * unit[1] == gold.value * gold_units[-1][1] for value in number.values)
+
+
+# What stands before a computed result: "= ", "adds up to "
 _RESULT = re.compile(
     r"""
     (?: = | ≈ | → | \\approx | \\Rightarrow
       | \b(?: equals? | equal[ ]to | gives? | giving | makes? | making | yields? | totals?
             | comes?[ ]to | adds?[ ]up[ ]to | sums?[ ](?:up[ ])?to | sum[ ]is
-            | total[ ](?:is|of) | result[ ]is | leaves | get
-            | there[ ](?:is|are)(?:[ ]exactly)?
+            | total[ ](?:is|of) | result[ ]is | leaves | get | there[ ](?:is|are)
           )\b
     )
-    [\s:~]* [-+$€£]? \s*
-    (?= \d | \.\d | \\frac )
+    [\s:~]* (?:exactly|only|about)? \s* [-+$€£]? \s* $
     """,
     re.VERBOSE | re.I,
 )
 
 
-def _states_result(text: str, stem: str) -> bool:
-    """The hint states a result that the question does not: "25 + 25 = 50"."""
-    return bool(_results(text, ".,;") - _results(stem, ".,;?"))
+_GOES_ON = re.compile(r" ?[-+*/^(\\]|[A-Za-z]\b")  # "= 3k + 2" is no result
 
 
-def _results(text: str, stops: str) -> set[str]:
-    """The results that a normal text states, cut to 12 characters: "25 + 25 = 50." -> "50"."""
-    ends = [match.end() for match in _RESULT.finditer(text)]
-    return {text[end : end + 12].partition(" ")[0].rstrip(stops) for end in ends}
+def _repeats_result(case: Case) -> Iterator[str]:
+    """The answer is a number of the question, and the hint states it as a result: "25 + 25 = 50".
 
-
-# --- an option's letter
-
-_NOT_AFTER_LABEL = _not_after("point vertex angle line side label labelled labeled node")
-_WORDS_OF_ONE_LETTER = "AI"
-
-
-def _names_option(letter: str, text: str, stem: str) -> bool:
-    """The hint has the option's letter, marked as an option or alone: "(B)", "B is right", "B"."""
-    return _marks_letter(letter, text) or _has_lone_letter(letter, text, stem)
-
-
-def _marks_letter(letter: str, text: str) -> bool:
-    """The letter is marked as an option: "(B)", "option B", "pick b.", "B)", "B fits best"."""
-    bracketed = rf"\({letter}\)"
-    named = rf"\b(?:option|choice|answer|letter|pick|choose|select|mark)s? \(?{letter}\b"
-    quoted = rf"(?:^|\s)[\"']?{letter}[\"']?"
-    praised = r" (?:is|fits|must be) (?:the )?(?:best|right|correct|true)"
-    marked = rf"{bracketed}|{named}|{quoted}(?:\)|\.(?=\s[A-Z]|$)|{praised})"
-    small = rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])"
-    ignore_case = re.NOFLAG if letter in _WORDS_OF_ONE_LETTER else re.I
-    return bool(re.search(marked, text, ignore_case) or re.search(small, text))
-
-
-def _has_lone_letter(letter: str, text: str, stem: str) -> bool:
-    """The capital letter stands alone, and not in the question: "look at B", not "at point B".
-
-    A and I are words, so they do not count.
+    A result that the question states itself may be repeated.
     """
-    if letter in _WORDS_OF_ONE_LETTER:
-        return False
-    alone = rf"(?<![\w'=+*/^-]){_NOT_AFTER_LABEL}{letter}(?![\w'=+*/^-])"
-    return _only_in_hint(alone, text, stem)
-
-
-# --- a part of the answer
-
-
-def _holds(part: str, text: str, stem: str) -> str | None:
-    """How a hint gives away one part of the answer that the question does not name itself.
-
-    None if it does not. The part is a number, an expression, yes or no, or words; a number that is
-    written as LaTeX is an expression too.
-    """
-    bare = split_unit(part)[0]
-    value = _value(part, bare)
-    if value is not None:
-        if _holds_number(value, "%" in bare, text, stem):
-            return "holds the answer's number"
-        if _spells_number(bare, text, stem):
-            return "spells the answer's number"
-        if "\\" not in part:
-            return None
-    if DIGIT_OR_COMMAND.search(part):
-        return "holds the answer's expression" if _holds_expression(part, text, stem) else None
-    words = " ".join(word for word in _plain_words(part).split() if word not in ARTICLES)
-    if words in YES_OR_NO:
-        return "says the answer" if _says_yes_or_no(words, text) else None
-    return _holds_words(words, _plain_words(text), _plain_words(stem)) if words else None
-
-
-_NOUNS = re.compile(r"[A-Za-z\s'-]*")
-_VARIABLE = re.compile(r"\b[a-z]\b", re.I)
-
-
-def _value(part: str, bare: str) -> Fraction | float | None:
-    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for others, as "12 x".
-
-    bare: the part without its unit.
-    """
-    value = to_number(bare)
-    if value is not None:
-        return value
-    values = _values(part)
-    counts_nouns = _NOUNS.fullmatch(_NUMBER.sub("", part)) and not _VARIABLE.search(part)
-    return next(iter(values)) if len(values) == 1 and counts_nouns else None
-
-
-def _holds_number(value: Fraction | float, percent: bool, text: str, stem: str) -> bool:
-    """The hint has an equal number that the question does not have: "one half" for 0.5.
-
-    A rounded number counts, from two decimals on: 0.33 for 1/3. So does a number without its
-    percent sign: 25 for 25 %.
-    """
-    golds = {abs(value)}
-    if percent:
-        golds.add(abs(value) * 100)
-    known = _values(stem)
-    for number, decimals in _values(text).items():
-        if number in known:
+    for number in case.numbers:
+        if not _is_known(number, case):
             continue
-        if number in golds or any(_rounds_to(gold, number, decimals) for gold in golds):
-            return True
-    return False
+        gold = _gold_of(number, case)
+        if gold is None or _GOES_ON.match(case.text, number.end):
+            continue
+        result = _RESULT.search(case.text[max(0, number.start - 30) : number.start])
+        if result and f"{result[0].strip()} {number.text}" not in case.stem:
+            yield f"states the answer as a result: {gold.part}"
 
 
-def _rounds_to(gold: Fraction | float, number: Fraction | float, decimals: int) -> bool:
-    """The number is the gold number, rounded to that many decimals, two or more: 0.33 for 1/3."""
-    return decimals >= 2 and abs(number - gold) * 10**decimals <= 0.5
+_TERM = r"\(?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\\sqrt ?\{?\d+\}?)(?: ?%)?(?:\^\{?\d\}?)?\)?"
+_WORKED = re.compile(
+    rf"(?<![\d.,]){_TERM}(?: ?(?:[-+*/:^x]|times|plus|minus|divided by|over) ?{_TERM})+"
+)
+_OPERATORS = {"times": "*", "x": "*", "plus": "+", "minus": "-", "divided by": "/", "over": "/"}
+
+
+def _works_out(case: Case) -> Iterator[str]:
+    """An expression of numbers whose value is the answer: "4 times 4 euros" for 16."""
+    if not case.golds:
+        return
+    for match in _WORKED.finditer(case.text):
+        expression = match[0]
+        if expression in case.stem:
+            continue
+        for word, sign in _OPERATORS.items():
+            expression = expression.replace(word, sign)
+        value = to_number(expression)
+        for gold in case.golds if value is not None else ():
+            if any(math.isclose(abs(value), form, rel_tol=1e-12) for form in gold.forms):
+                yield f"works out the answer: {gold.part}"
 
 
 _DIGITS = re.compile(r"[-+]?[\d,.]+ ?%?")
+_NO_DIGIT = re.compile(r"\D")
+_BETWEEN_DIGITS = re.compile(r"[-_*|,. ]")
 
 
-def _spells_number(bare: str, text: str, stem: str) -> bool:
+def _spells_number(case: Case) -> Iterator[str]:
     """The hint has the number's digits apart or reversed: "1-2-0" and "021" for 120.
 
     Reversed digits may be a number of the question. A number of one digit cannot be spelled.
     """
-    digits = re.sub(r"\D", "", bare)
-    if not _DIGITS.fullmatch(bare) or len(digits) < 2:
-        return False
-    backwards = digits[::-1]
-    reversed_digits = rf"(?<!\d){backwards}(?!\d)"
-    if backwards != digits and _only_in_hint(reversed_digits, text, stem):
-        return True
-    apart = "[-_*|,. ]*".join(digits)
-    apart = rf"(?<![\d.])(?<!\d )(?!{digits}){apart}(?![\d.]\d)(?!\d)"
-    return bool(re.search(apart, text))
+    for part in case.parts:
+        bare = split_unit(part)[0]
+        digits = _NO_DIGIT.sub("", bare)
+        if not _DIGITS.fullmatch(bare) or len(digits) < 2:
+            continue
+        backwards = digits[::-1]
+        spelled = rf"(?<!\d){backwards}(?!\d)"
+        if backwards != digits and backwards in case.text and _is_new(spelled, case):
+            yield f"spells the answer's number: {part}"
+        apart = "[-_*|,. ]*".join(digits)
+        spelled = rf"(?<![\d.])(?<!\d )(?!{digits}){apart}(?![\d.]\d)(?!\d)"
+        if digits in _BETWEEN_DIGITS.sub("", case.text) and _is_new(spelled, case):
+            yield f"spells the answer's number: {part}"
 
+
+def _is_new(pattern: str, case: Case) -> bool:
+    """The pattern occurs in the hint, but not in the question."""
+    return re.search(pattern, case.text) is not None and re.search(pattern, case.stem) is None
+
+
+_RATIO = re.compile(r"(\d+) ?(?::|/|to|\\colon) ?(\d+)")
+_TWICE = re.compile(r"\b(?:twice|doubled?|1/2|2 times) (?:as|the|of|that)\b", re.I)
+_FOR_EVERY = re.compile(r"\b(?:for every|for each|per) (\d+) [^;.]{0,40}?\b(\d+)\b")
+
+
+def _says_ratio(case: Case) -> Iterator[str]:
+    """ "twice as long" for the ratio 1:2, "for every 2 cats there are 3 dogs" for 2:3."""
+    match = _RATIO.fullmatch(case.answer)
+    if not match or 0 in (int(match[1]), int(match[2])):
+        return
+    ratio = Fraction(int(match[1]), int(match[2]))
+    factor = max(ratio, 1 / ratio)
+    said = _TWICE if factor == 2 else re.compile(rf"\b{factor} times (?:as|the|that)\b")
+    pairs = {frozenset(pair) for pair in _FOR_EVERY.findall(case.text)}
+    is_factor = said.search(case.text) and not said.search(case.stem)
+    if is_factor or frozenset(match.groups()) in pairs:
+        yield f"says the ratio: {case.answer}"
+
+
+# ------------------------------------------------- an option's letter, its place, all other options
+
+# "point B" names a point, not the option; "label B" does so too, unless letters are the options.
+_POINTS = """
+    point vertex angle line side node vertices segment ray arc circle centre center triangle
+"""
+_POINTS = set(_POINTS.split())
+_LABELS = {"label", "labelled", "labeled", "shop", "team", "layer", "region", "bar", "set"}
+_ASKED = re.compile(r"\b(?:which|what)(?: of the(?: \w+)?)? ((?!of|is|are\b)[a-z]{3,})", re.I)
+_LONE_CAPITAL = re.compile(r"(?<![\w'=+*/^-])[B-HJ-Z](?![\w'=+*/^-])")
+_WORD_BEFORE = re.compile(r"(\w+) $")
+_CAPITALS = re.compile(r"(?<![A-Za-z])[A-Z]{1,4}(?![A-Za-z])")
+_WORDS_OF_ONE_LETTER = "AI"
+
+
+def _names_option(case: Case) -> Iterator[str]:
+    """The hint has the option's letter, marked as an option or alone: "(B)", "B is right", "B"."""
+    letter = case.letter
+    if letter is None:
+        return
+    marks = _letter_marks(letter)
+    if any(mark.search(case.text) for mark in marks) or _has_lone_letter(letter, case):
+        yield f"names the option: {letter}"
+
+
+@cache
+def _letter_marks(letter: str) -> tuple[re.Pattern, re.Pattern]:
+    """Patterns of a marked letter: "(B)", "option B", "pick b.", "B)", "B fits best"."""
+    bracketed = rf"(?<![\w)])\({letter}\)"
+    named = rf"\b(?:option|choice|answer|pick|choose|select)s? \(?{letter}\b"
+    verdict = (
+        r"(?:is|fits|must be|remains|matches|satisfies|shows|works|completes|agrees|continues)"
+        r" (?:the )?(?:best|right|correct|true|only|one|answer|option|choice|pattern|match)"
+    )
+    listed = rf"(?:^|\s)[\"']?{letter}[\"']?(?:\)|\.(?=\s[A-Z]|$)| {verdict})"
+    small = rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])"
+    ignore_case = re.NOFLAG if letter in _WORDS_OF_ONE_LETTER else re.I
+    return re.compile(rf"{bracketed}|{named}|{listed}", ignore_case), re.compile(small)
+
+
+def _has_lone_letter(letter: str, case: Case) -> bool:
+    """The capital letter stands alone, and not in the question: "look at B", not "at point B".
+
+    A and I are words, so they do not count. "label B" counts if the question asks which label.
+    """
+    if letter in _WORDS_OF_ONE_LETTER:
+        return False
+    if any(letter in name for name in _CAPITALS.findall(case.stem)):
+        return False
+    asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
+    are_options = bool(case.options) and not case.answer
+    labels = (_POINTS if are_options else _POINTS | _LABELS) - asked
+    for match in _LONE_CAPITAL.finditer(case.text):
+        before = _WORD_BEFORE.search(case.text[max(0, match.start() - 20) : match.start()])
+        is_name = before and before[1].casefold().rstrip("s") in labels
+        if match[0] == letter and not is_name:
+            return True
+    return False
+
+
+_LIST = r"(?:option|choice|answer|alternative|candidate|possibility|entry in the list)s?"
+_ORDINAL = rf"(?P<ordinal>{'|'.join(ORDINALS)}|\d(?=st|nd|rd|th)|last|final)(?:st|nd|rd|th)?"
+_PLACE_NAMES = [
+    re.compile(pattern, re.I)
+    for pattern in (
+        rf"\b{_ORDINAL} (?:{_LIST}|one listed|listed)\b",
+        rf"\b{_ORDINAL} (?:one |place )?(?:of|in|among) (?:the )?(?:\w+ ){{0,3}}{_LIST}\b",
+        rf"\b{_LIST} (?:number |no\.? ?)?(?P<ordinal>\d)\b",
+        rf"\b(?:listed|comes|stands|printed) {_ORDINAL}\b",
+        rf"\b{_ORDINAL} in the list\b",
+        rf"\b{_LIST}\b.*\bthe {_ORDINAL}(?! [a-z])",
+    )
+]
+_PLACED_THING = re.compile(rf"\b{_ORDINAL} (?P<noun>[a-z]+)", re.I)
+_ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
+_PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
+_NEIGHBOUR = re.compile(
+    r"\b(?:after|before|above|below|between|next to)\b.*\b(?:the|list of) (?:options|choices)\b"
+)
+
+
+def _names_place(case: Case) -> Iterator[str]:
+    """ "the second choice", "option 2", "listed last"; "the second word" of "Which word ...?"."""
+    if case.place is None:
+        return
+    asked = {noun.casefold() for noun in _ASKED.findall(case.stem)} if case.options else set()
+    for sentence in case.sentences:
+        if not _PLACE_WORD.search(sentence):
+            continue
+        if _NEIGHBOUR.search(sentence):
+            yield f"names the option's place: {case.letter}"
+        if len(_ANY_ORDINAL.findall(sentence)) > 1:
+            continue
+        matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
+        things = _PLACED_THING.finditer(sentence)
+        matches += [match for match in things if match["noun"].casefold() in asked]
+        if any(_is_gold_place(match["ordinal"].casefold(), case) for match in matches):
+            yield f"names the option's place: {case.letter}"
+
+
+def _is_gold_place(ordinal: str, case: Case) -> bool:
+    """The gold option stands in that place; where the options are unknown, "last" may be it."""
+    if ordinal in ("last", "final"):
+        return not case.options or case.place == len(case.options) - 1
+    place = int(ordinal) - 1 if ordinal.isdecimal() else ORDINALS.index(ordinal)
+    return place == case.place
+
+
+_OUT = re.compile(
+    r"\b(?:rul\w+ out|eliminat\w+|discard\w*|exclud\w+|reject\w*|cross\w* out|cannot|can't|fails?"
+    r"|drop\w*|strike|struck|impossible|wrong|nor|not|out)\b",
+    re.I,
+)
+
+
+def _excludes_others(case: Case) -> Iterator[str]:
+    """A sentence names all options but the gold one: "A, B and D cannot be it".
+
+    Letters count only with such a word, or where they can be nothing but options.
+    """
+    if case.place is None or len(case.options) == 2:
+        return
+    letters = list(LETTERS[: len(case.options) or 4])
+    are_options = not case.answer and not _CAPITALS.search(case.stem)
+    gold = plain_words(case.answer).strip()
+    for sentence in sentences(case.full):
+        others = [letter for letter in letters if letter != case.letter]
+        if (are_options or _OUT.search(sentence)) and _only(others, case.letter, sentence):
+            yield "excludes all other options"
+        if gold and case.options and _only(case.other_options, gold, plain_words(sentence)):
+            yield "excludes all other options"
+
+
+def _only(others: list[str], gold: str, sentence: str) -> bool:
+    """The sentence names all others, but not the gold one."""
+    return all(has_word(name, sentence) for name in others) and not has_word(gold, sentence)
+
+
+# -------------------------------------------------------------------------------- expressions
 
 _EXPRESSION_DRESS = re.compile(r"[\s{}\\*]|(?:cdot|times)")
 
 
-def _holds_expression(part: str, text: str, stem: str) -> bool:
+def _holds_expression(case: Case) -> Iterator[str]:
     r"""The hint has the expression, and the question has not: "3 x + 1" for 3x+1.
 
     Blanks, braces, backslashes and signs of multiplication do not count: \sqrt{3} is sqrt3.
     """
-    part, text, stem = (
-        _EXPRESSION_DRESS.sub("", formula).casefold() for formula in (part, text, stem)
-    )
-    return part in text and part not in stem
+    parts = [part for part in case.parts if DIGIT_OR_COMMAND.search(part)]
+    parts = [part for part in parts if "\\" in part or part_value(part) is None]
+    if not parts:
+        return
+    text, stem = (_EXPRESSION_DRESS.sub("", side).casefold() for side in (case.text, case.stem))
+    for part in parts:
+        bare = _EXPRESSION_DRESS.sub("", part).casefold()
+        if bare in text and bare not in stem:
+            yield f"holds the answer's expression: {part}"
 
 
-_END_OF_CLAUSE = re.compile(r"[;.,:!?\"()]")
+_RELATION = re.compile(r"[a-zA-Z] ?(<|>|\\leq?|\\geq?|<=|>=) ?(-?[\d./]+)")
+_RELATION_WORDS = {
+    "<": r"(?:less|smaller) than|below|under",
+    ">": r"(?:greater|larger|more|bigger) than|above|over",
+    "le": r"(?:less|smaller) than or equal to|at most|not (?:greater|more) than|up to",
+    "ge": r"(?:greater|larger|more) than or equal to|at least|not (?:less|smaller) than",
+}
+_SIGN_NAMES = {"<": "<", ">": ">", "<=": "le", "\\le": "le", "\\leq": "le"}
+_SIGN_NAMES |= {">=": "ge", "\\ge": "ge", "\\geq": "ge"}
 
 
-def _says_yes_or_no(word: str, text: str) -> bool:
-    """A clause of the hint ends on the word, or gives a reason for it: "so yes", "it is true as".
+def _says_relation(case: Case) -> Iterator[str]:
+    """An inequality in words: "at least -3" for x >= -3."""
+    relation = _RELATION.fullmatch(case.answer)
+    if not relation:
+        return
+    words = _RELATION_WORDS[_SIGN_NAMES[relation[1]]]
+    if _is_new(rf"\b(?:{words}) {re.escape(relation[2])}(?!\d)", case):
+        yield f"says the answer's expression: {case.answer}"
 
-    A clause that is the word alone counts too. "there are no gaps" does not.
+
+_LINE = re.compile(r"(?:y ?= ?)?(-?[\d./]*) ?\*? ?x(?: ?([-+] ?[\d./]+))?")
+_SLOPE_OR_INTERCEPT = re.compile(
+    r"\b(slope|gradient|intercept)\b(?: (?:is|of|equals|at|equal to))? ?[=:]? ?(-?\d[\d./]*)", re.I
+)
+
+
+def _says_line(case: Case) -> Iterator[str]:
+    """A line in words: "slope 2 and intercept -1" for y = 2x - 1."""
+    line = _LINE.fullmatch(case.answer)
+    if not line:
+        return
+    slope = line[1] + "1" if line[1] in ("", "-") else line[1]
+    intercept = (line[2] or "0").replace(" ", "").lstrip("+")
+    stated = set(_SLOPE_OR_INTERCEPT.findall(case.text))
+    for name, value in stated - set(_SLOPE_OR_INTERCEPT.findall(case.stem)):
+        gold = intercept if name.casefold() == "intercept" else slope
+        if to_number(value.rstrip(".")) == to_number(gold):
+            yield f"says the answer's expression: {case.answer}"
+
+
+# ---------------------------------------------------------------------------------- yes or no
+
+_CLAIM = (
+    r"\b(?:claim|statement|condition|assertion|sentence|description|equation|criterion|rule"
+    r"|requirement|test|hypothesis|proposition|inequality|answer|reply|converse)s?\b"
+)
+_JUDGED = re.compile(
+    rf"""
+    {_CLAIM} [\w ]{{0,30}}?
+      \b(?: (?:does|do|did) [ ] (?:not[ ])? (?:hold|fit|match|apply|agree)
+        | holds | fails?
+        | (?:is|are|was|turns[ ]out|proves|must[ ]be|in) [ ]
+          (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
+          (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
+            | incorrect | supported | confirmed | refuted | negative | affirmative | valid
+            | invalid | justified | broken
+          )
+      )\b
+    | \b(?:contradict|confirm|support|refute|disprove|prove|back|violate)s? [ ]
+      (?:the|this|that) [ ] {_CLAIM}
+    """,
+    re.VERBOSE | re.I,
+)
+_UNDECIDED = re.compile(
+    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|makes? the"
+    r"|must|compare|see|judge|ask)\b",
+    re.I,
+)
+
+
+def _says_yes_or_no(case: Case) -> Iterator[str]:
+    """Yes or no is said, the claim is judged, or the question comes back as a statement.
+
+    Examples: "so yes", "the claim does not hold", "so it is not a right triangle".
     """
-    said = re.compile(
+    word = plain_words(case.answer).strip()
+    if word not in YES_OR_NO:
+        return
+    asked = [word for word in case.stem_words.split() if word not in _COMMON_WORDS]
+    for clause in END_OF_CLAUSE.split(case.text):
+        if _UNDECIDED.search(clause):
+            continue
+        if _said(word).search(clause.casefold().strip()):
+            yield f"says the answer: {case.answer}"
+        if _JUDGED.search(clause) or _states(clause.casefold(), asked):
+            yield f"judges the claim: {case.answer}"
+
+
+@cache
+def _said(word: str) -> re.Pattern:
+    """A pattern: a clause ends on the word, or gives a reason for it: "so yes", "true, as"."""
+    return re.compile(
         rf"""
         (?: ^ | \b(?: is | are | say | says | it's | answer | mark | therefore | so
                     | statement | claim )[ ] )
@@ -452,35 +508,155 @@ def _says_yes_or_no(word: str, text: str) -> bool:
         """,
         re.VERBOSE,
     )
-    clauses = _END_OF_CLAUSE.split(text.casefold())
-    return any(said.search(clause.strip()) for clause in clauses)
 
 
-def _plain_words(text: str) -> str:
-    """A text without case and punctuation, for the two rules on words: "Mon-day!" -> "mon-day "."""
-    return re.sub(r"[^\w\s-]+", " ", text.casefold())
+_CONCLUDES = re.compile(
+    r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b.*"
+    r"\b(?:is|are|was|were|does|do|did|has|have|can|will)\b"
+)
+_COMPARES = re.compile(r"\b(?:is|are|was|were|has|have)\b.* than\b")
+_PREDICATE = re.compile(r"\b(?:is|are|was|were) (?:not |really |also )?(?:an? |the )?([a-z]+)")
+_DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
+_OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
 
 
-def _holds_words(words: str, text: str, stem: str) -> str | None:
-    """How a hint gives away an answer in words; None if it does not, or if the question has it.
+def _states(clause: str, asked: list[str]) -> bool:
+    """The clause states what the question asks. asked: the question's words, common ones left out.
 
-    All three are as `_plain_words` gives them.
+    It draws a conclusion about them, compares them, or says one of them of something.
     """
-    form = _word_forms(words)
-    if re.search(form, text):
-        return None if re.search(form, stem) else "holds the answer's text"
-    return "spells the answer's text" if _spells_text(words, text) else None
+    words = set(plain_words(clause).split())
+    shared = len(words.intersection(asked))
+    if shared == 0:
+        return False
+    if "indeed" in words or _CONCLUDES.search(clause):
+        return True
+    if shared >= 3 and _COMPARES.search(clause):
+        return True
+    if shared < 2 or _OF_ANY.search(clause):
+        return False
+    return any(word in asked and word not in _DRAWN for word in _PREDICATE.findall(clause))
+
+
+# -------------------------------------------------------------------------------------- words
+
+_COMMON = """
+    a an the of in on at to for from by with and or is are was were be it its this that these those
+    has have had not no than as more most less least does do did will can may which who whose what
+    when where how all only both each other into their they there between same one
+"""
+_COMMON_WORDS = set(_COMMON.split())
+_HINT_TALK = """
+    left right upper lower top bottom middle centre center front back number value amount total kind
+    type line point side picture figure axis table graph chart bar label part area answer such
+"""
+_HINT_TALK = set(_HINT_TALK.split())
+
+
+def _holds_words(case: Case) -> Iterator[str]:
+    """The answer's words, in other forms too, or spelled; not where the question has them.
+
+    Words that are offered beside another candidate are fine: "decide whether it is X or Y".
+    """
+    for part in case.parts:
+        if (DIGIT_OR_COMMAND.search(part) and not case.options) or part_value(part) is not None:
+            continue
+        words = " ".join(word for word in plain_words(part).split() if word not in ARTICLES)
+        words = words.removesuffix(" one")
+        if not words or words in YES_OR_NO:
+            continue
+        if _holds_form(words, case.stem_words):
+            if _chooses(words, case):
+                yield f"holds the answer's text: {part}"
+        elif _holds_form(words, case.words):
+            if not all(_offers(sentence) for sentence in _with_form(words, case)):
+                yield f"holds the answer's text: {part}"
+        elif _spells_text(words, case.words):
+            yield f"spells the answer's text: {part}"
+
+
+_VERDICT = (
+    r"(?:leads|wins|beats|exceeds|comes out|(?:is|are|has|have|was|were) (?:the )?"
+    r"(?P<comparison>more|most|less|least|fewe\w+|\w+er|\w+est))"
+)
+
+
+def _chooses(words: str, case: Case) -> bool:
+    """The hint chooses a word that the question offers: "must be odd", "the red one is longer"."""
+    name = re.escape(words)
+    if re.search(rf"\b(?:must be|has to be) {name}\b", case.words):
+        return True
+    verdict = re.compile(rf"\b{name}\b(?: \w+){{0,2}} {_VERDICT}\b")
+    for clause in END_OF_CLAUSE.split(case.text.casefold()):
+        match = None if _UNDECIDED.search(clause) else verdict.search(clause)
+        if match and (match["comparison"] or "") in case.stem_words:
+            return True
+    return False
+
+
+_OFFER = re.compile(r"\b(?:whether|between|either|decide|could be)\b.*\b(?:or|and)\b", re.I)
+
+
+def _offers(sentence: str) -> bool:
+    """The sentence offers several candidates and chooses none."""
+    return _OFFER.search(sentence) is not None and CHOSEN.search(sentence) is None
+
+
+def _word_of_answer(case: Case) -> Iterator[str]:
+    """Only the gold option has the word, and the hint uses it: the surname of "Claude Monet".
+
+    Without options, any word of an answer of at most three words, but for what hints are made of.
+    """
+    answer = plain_words(case.answer).split()
+    if not case.options and (len(answer) > 3 or DIGIT_OR_COMMAND.search(case.answer)):
+        return
+    others = " ".join(case.other_options)
+    taken = _COMMON_WORDS if case.options else _COMMON_WORDS | _HINT_TALK
+    for word in dict.fromkeys(answer):
+        if word in taken or word in YES_OR_NO or len(word) < 3 or not word.isalpha():
+            continue
+        if not _holds_form(word, case.words) or _holds_form(word, f"{others} {case.stem_words}"):
+            continue
+        if not all(_lists(sentence, others) for sentence in _with_form(word, case)):
+            yield f"holds a word of the answer: {word}"
+
+
+def _lists(sentence: str, others: str) -> bool:
+    """The sentence has words of other options too and chooses none."""
+    words = set(plain_words(sentence).split()) - _COMMON_WORDS
+    return not words.isdisjoint(others.split()) and CHOSEN.search(sentence) is None
+
+
+def _holds_form(words: str, text: str) -> bool:
+    """The text has the words in some form. All forms start with the same three letters."""
+    return words[:3] in text and re.search(_word_forms(words), text) is not None
+
+
+def _with_form(words: str, case: Case) -> list[str]:
+    """The sentences of the hint that have the words in some form."""
+    found = [sentence for sentence in case.sentences if words[:3] in sentence.casefold()]
+    return [sentence for sentence in found if _holds_form(words, plain_words(sentence))]
+
+
+_MONTHS_AND_DAYS = """
+    january february march april june july august september october november december
+    monday tuesday wednesday thursday friday saturday sunday
+"""
 
 
 def _word_forms(words: str) -> str:
     """A pattern of the words in other forms: pears as pear, circle as circular, blue as bluish.
 
     Three letters or fewer must be a whole word, but for an ending: dry as dryness. Six letters or
-    more may stand anywhere in a longer word.
+    more may stand anywhere in a longer word. Months and days may be cut to three letters.
     """
     if len(words) >= 5 and words[-1] == "s" and words[-2] != "s":
         words = words[:-1]
     form = re.escape(words)
+    if words in _MONTHS_AND_DAYS.split():
+        return rf"\b(?:{form}|{words[:3]}\b)"
+    if not words.isascii():
+        return form
     if len(words) < 4:
         return rf"\b{form}(?:'?s|er|ed|ing|ish|ly|y|ness)?\b"
     if form.endswith("le"):
@@ -490,20 +666,65 @@ def _word_forms(words: str) -> str:
     return form if len(words) >= 6 else r"\b" + form
 
 
+_NO_LETTER = re.compile(r"\W")
 _GAP = r"[\s.\-_*|]"
+_GAPS = re.compile(_GAP)
+_AND = re.compile(r"\band\b|\s")
 
 
 def _spells_text(words: str, text: str) -> bool:
     """The hint has the letters apart or reversed: "r-e-d", "mon day" and "yadnom".
 
     Words of fewer than five letters must have a gap after each letter; others may have one
-    anywhere. Fewer than three letters cannot be spelled.
+    anywhere, from eight letters on an "and" too: "south and west". Fewer than three letters cannot
+    be spelled.
     """
-    letters = re.sub(r"\W", "", words)
+    letters = _NO_LETTER.sub("", words)
     if len(letters) < 3:
         return False
     backwards = letters[::-1]
-    if letters != backwards and re.search(rf"\b{backwards}\b", text):
+    if letters != backwards and has_word(backwards, text):
         return True
+    if len(letters) >= 8 and letters in _AND.sub("", text):
+        return True
+    if letters not in _GAPS.sub("", text):
+        return False
     gap = _GAP + ("+" if len(letters) < 5 else "*")
-    return bool(re.search(rf"\b{gap.join(letters)}\b", text))
+    return re.search(rf"\b{gap.join(letters)}\b", text) is not None
+
+
+_BEGINS_OR_ENDS = re.compile(
+    r"\b(begins?|starts?|ends?) (?:with|in) (?:the )?(?:letters? |syllable )?[\"']?(\w+)", re.I
+)
+
+
+def _says_beginning(case: Case) -> Iterator[str]:
+    """The first or last letters of an answer in one word: "begins with 'alba'"."""
+    word = plain_words(case.answer).strip()
+    if not word.isalpha():
+        return
+    for verb, piece in _BEGINS_OR_ENDS.findall(case.text.casefold()):
+        is_end = verb.startswith("end")
+        fits = word.endswith(piece) if is_end else word.startswith(piece)
+        if fits and piece not in case.stem_words.split():
+            yield f"spells the answer's text: {case.answer}"
+
+
+_RULES = (
+    _names_answer,
+    _states_number,
+    _repeats_result,
+    _works_out,
+    _spells_number,
+    _says_ratio,
+    _names_option,
+    _names_place,
+    _excludes_others,
+    _holds_expression,
+    _says_relation,
+    _says_line,
+    _says_yes_or_no,
+    _holds_words,
+    _word_of_answer,
+    _says_beginning,
+)

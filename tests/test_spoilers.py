@@ -17,6 +17,18 @@ def labelled():
         yield verdict, answer, question, options.split(";") if options else None, text
 
 
+# What no rule sees, and what one sees that is none, by the first words of the hint.
+KNOWN_FAULTS = {
+    "the numbers 15, 17, 21 and 27",  # "the test with 3" is about divisibility
+    "the two curves and the year 1990",  # the year of the gold statement
+    "the 12 edges of the cube",  # "four at the top" of any cube, no count of this one
+    "the 6 by 6 table of sums",  # "(1, 6)" is an example
+    "the left pan is lower",  # "greater than" for a lone sign
+    "the cats outnumber the dogs",
+    "take the third letter",
+}
+
+
 def test_labelled_spoilers(capsys):
     """Precision: the share of spoilers in what is rejected. Recall: the share of spoilers that is.
 
@@ -41,7 +53,17 @@ def test_labelled_spoilers(capsys):
         print(*(f"  {case}" for case in wrong.values()), sep="\n")
     assert hits + missed >= 100 and false_alarms + passed >= 100
     assert precision >= 0.97 and recall >= 0.97
-    assert set(wrong) == {"half past two", "30 minutes past 2"}
+    faults = {start for start in KNOWN_FAULTS if any(text.startswith(start) for text in wrong)}
+    assert faults == KNOWN_FAULTS and len(wrong) == len(KNOWN_FAULTS)
+
+
+def test_no_good_hint_of_the_worked_solutions_is_refused():
+    lines = (ROOT / "tests" / "worked_solutions.tsv").read_text("utf-8").splitlines()
+    rows = [line.split("\t") for line in lines[1:]]
+    hints = {"; ".join(row[3:]).replace(" | ", "; "): row[2] for row in rows if row[0] == "fine"}
+    assert len(hints) == 25
+    for text, question in hints.items():
+        assert find_spoilers(text, question, "unanswered") == [], text
 
 
 def test_a_number_of_the_question_may_be_cited_but_not_computed():
@@ -77,3 +99,9 @@ def test_no_text_breaks_the_spoiler_check():
         text, question, answer = "x" + noise(), "x" + noise(), noise()
         assert isinstance(find_spoilers(text, question, answer), list)
     find_spoilers("hundred " * 3000, "?", "7")
+
+
+def test_long_decimals_and_broken_letters_are_read():
+    assert find_spoilers("about 0." + "3" * 308, "How long is it?", "\\sqrt{2}")
+    assert find_spoilers("look at the left one", "Which one?", "\n(B") == []
+    assert find_spoilers("it is (B)", "Which one?", "\nB)")

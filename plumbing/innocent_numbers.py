@@ -1,0 +1,386 @@
+"""Which numbers of a hint give nothing away, although the question does not state them?
+
+`is_innocent` asks one question after the other: is the number a name, a part of a formula, a
+general fact, a small count of things, a distractor? The tables of words are data: a new fact or
+word goes there. All texts are as `number_words.normal` leaves them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from plumbing.number_words import Number
+
+# -------------------------------------------------------------------------------------- units
+
+# The dimension, then each unit's size and names. "month" has no exact size in days.
+_UNITS = """
+    time 1 s sec second seconds; time 60 min minute minutes; time 3600 h hr hour hours;
+    time 86400 day days; time 604800 week weeks;
+    years 1 month months; years 12 year years;
+    length 1 mm millimeter millimeters millimetre millimetres;
+    length 10 cm centimeter centimeters centimetre centimetres;
+    length 1000 m meter meters metre metres;
+    length 1000000 km kilometer kilometers kilometre kilometres;
+    feet 1 inch inches; feet 12 foot feet ft; feet 36 yard yards; feet 63360 mile miles;
+    mass 1 mg milligram milligrams; mass 1000 g gram grams; mass 1000000 kg kilogram kilograms;
+    mass 1000000000 t tonne tonnes ton tons;
+    pounds 1 ounce ounces oz; pounds 16 pound pounds lb lbs;
+    volume 1 ml mL milliliter milliliters millilitre millilitres; volume 10 cl;
+    volume 1000 l L liter liters litre litres;
+    length 10 厘米; length 1000 米; time 60 分钟; time 3600 小时; money 100 元; angle 1 度;
+    mass 1000 克; mass 1000000 千克; money 1 cent cents ct;
+    money 100 $ dollar dollars € euro euros £;
+    angle 1 degree degrees °; percent 1 % percent; squares 1 square squares; units 1 unit units;
+    force 1 N newton newtons; power 1 W watt watts; voltage 1 V volt volts; current 1 A ampere
+    amperes; resistance 1 ohm ohms Ω; heat 1 °C °F celsius; energy 1 J joule joules;
+    calories 1 calorie calories kcal
+"""
+
+
+def _read_units() -> dict[str, tuple[str, int]]:
+    """Each name of a unit with its dimension and size: "hours" -> "time", 3600."""
+    units = {}
+    for row in _UNITS.split(";"):
+        dimension, size, *names = row.split()
+        units |= {name: (dimension, int(size)) for name in names}
+    return units
+
+
+UNITS = _read_units()
+_NAMES = "|".join(re.escape(name) for name in sorted(UNITS, key=len, reverse=True))
+_UNIT_BEHIND = re.compile(rf"-? ?(?:square |cubic )?({_NAMES})(?![^\W\d_])")
+_ANY_UNIT = re.compile(rf"(?<![^\W_])({_NAMES})(?![^\W_])")
+
+
+def unit_of(number: Number, text: str) -> tuple[str, int] | None:
+    """The dimension and size of the unit behind a number: the "hours" of "2 hours"."""
+    if number.text.endswith("%"):
+        return UNITS["%"]
+    match = _UNIT_BEHIND.match(text, number.end)
+    if match:
+        return UNITS[match[1]]
+    before = text[max(0, number.start - 3) : number.start].rstrip()[-1:]
+    return UNITS.get(before) if before in ("$", "€", "£") else None
+
+
+def units_in(text: str) -> list[tuple[str, int]]:
+    """The dimension and size of all units that a text names, in order."""
+    return [UNITS[match[1]] for match in _ANY_UNIT.finditer(text)]
+
+
+# ----------------------------------------------------------------------------------- the place
+
+_END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
+_END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A number of a hint with what stands around it."""
+
+    number: Number
+    value: Fraction | float
+    before: str  # at most 80 characters of the text
+    after: str
+    clause_before: str  # the same, within the clause
+    clause: str
+    sentence: str
+    unit: tuple[str, int] | None
+    is_gold: bool  # it is a form of the gold answer
+    question: str
+
+
+def place_of(number: Number, text: str, question: str, is_gold: bool) -> Place:
+    """Where in the text a number stands."""
+    before = text[max(0, number.start - 80) : number.start]
+    after = text[number.end : number.end + 80]
+    clause_before = _END_OF_CLAUSE.split(before)[-1]
+    clause = clause_before + number.text + _END_OF_CLAUSE.split(after)[0]
+    sentence = _END_OF_SENTENCE.split(before)[-1] + number.text + _END_OF_SENTENCE.split(after)[0]
+    return Place(
+        number=number,
+        value=number.values[-1],
+        before=before,
+        after=after,
+        clause_before=clause_before,
+        clause=clause,
+        sentence=sentence,
+        unit=unit_of(number, text),
+        is_gold=is_gold,
+        question=question,
+    )
+
+
+def is_innocent(place: Place) -> bool:
+    """The number gives nothing away. A form of the gold answer is innocent more rarely."""
+    return any(relief(place) for relief in _RELIEFS)
+
+
+# ------------------------------------------------------------------------------------- names
+
+_NAMED_BY_NUMBER = """
+    net angle figure fig picture image step line row column quadrant question problem part option
+    case rule equation method group set class team player level stage round chapter section page
+    grade day week trial test experiment box circle bus train route lane gate panel block series
+    graph chart table diagram example sample category type machine tap zone region state phase
+    player circuit resistor house room track plate street exercise shape pattern tank cell
+"""
+_NAME_BEFORE = re.compile(
+    rf"(?:\b(?:{'|'.join(_NAMED_BY_NUMBER.split())}|like|such as|for example|e\.g\.|nearest"
+    rf"|(?:group|step|multiple|bundle|row|power|pair)s? of)s?,? #?|∠ ?|\b[A-Za-z]_?\{{?|#|\bno\. ?)"
+    r"(?:\d+(?:, (?:and )?| and | or | to |-| vs\.? ))*$",
+    re.I,
+)
+_ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
+_LIST_MARK_BEFORE = re.compile(r"(?:^|[;.:] )\(?$")
+_LIST_MARK_BEHIND = re.compile(r"[.)] ")
+
+
+def _is_name(place: Place) -> bool:
+    """ "net 2", "lines 1, 3 and 6", "R1", "2nd", "3D", "1. Read the bar"."""
+    if _ORDINAL_BEHIND.match(place.after) or re.search(r"[A-Za-z]_?$", place.before):
+        return True
+    if _LIST_MARK_BEFORE.search(place.before) and _LIST_MARK_BEHIND.match(place.after):
+        return not place.is_gold
+    return not place.is_gold and _NAME_BEFORE.search(place.before) is not None
+
+
+# ------------------------------------------------------------------------- formulas and facts
+
+_CONSTANTS = {*map(Fraction, (2, 3, 4, 90, 100, 180, 360))}
+_CONSTANTS |= {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(4, 3)}
+_FORMULA_BEFORE = re.compile(
+    r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over )$"
+)
+_FORMULA_BEHIND = re.compile(
+    r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
+    r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
+    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})"
+)
+_FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}
+_FACTOR_BEFORE = re.compile(
+    r"\b(?:divi[ds]\w*|multipl\w*|halve\w*|double\w*|teile\w*)\b[\w ,.'-]{0,40}"
+    r" (?:by|par|durch|entre|por|mit|per) $|(?:times|over) $|[除乘]以$",
+    re.I,
+)
+_TIMES_BEHIND = re.compile(r" times (?:the|its|one|a|an|that|this|as|pi|your)\b")
+_HALVES = {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4)}
+_MEASURES = """
+    product sum base difference perimeter diagonal diagonals central arc diameter circumference
+    chord coefficient cylinder prism cube sphere
+"""
+_OF_MEASURE = re.compile(
+    r" ?(?:of )?(?:the |its |their |that |this |each |an? )?(?:\w+ )?"
+    rf"(?:{'|'.join(_MEASURES.split())})\b"
+)
+
+
+def _is_in_formula(place: Place) -> bool:
+    """ "2 * pi * r", "(n - 2) * 180", "divide by 2", "half of the base times the height"."""
+    value = place.value
+    if re.search(r"[A-Za-z)\]}]\^\{?$", place.before):
+        return True
+    if value in _CONSTANTS and not (place.unit and place.is_gold):
+        if _FORMULA_BEHIND.match(place.after):
+            return True
+        if _FORMULA_BEFORE.search(place.before) and not re.match(r"\.?\d|}?\^", place.after):
+            return True
+        if value <= 4 and _TIMES_BEHIND.match(place.after) and " as" not in place.after[:9]:
+            return not place.is_gold
+    if value in _FACTORS and _FACTOR_BEFORE.search(place.clause_before):
+        return True
+    if place.is_gold or value != Fraction(1, 2):
+        return value in _HALVES and _OF_MEASURE.match(place.after) is not None
+    return "%" not in place.number.text
+
+
+def _read_facts(rows: list[tuple[str, str]]) -> list[tuple[set[Fraction], re.Pattern]]:
+    return [
+        ({Fraction(value) for value in values.split()}, re.compile(pattern, re.I))
+        for values, pattern in rows
+    ]
+
+
+# Values, then a pattern that their sentence must have.
+_SENTENCE_FACTS = [
+    ("90 180 360", r"."),
+    ("3.14 3.1416 22/7", r"."),
+    ("100", r"%|percent|hundred|whole|out of|\bper 100"),
+    ("60", r"equilateral|30-60-90|minute|second|hour"),
+    ("30 45 60", r"30-60-90|45-45-90|special"),
+    ("28 29 30 31", r"\bdays\b.*\bdays\b|\bmonth"),
+    ("12 24", r"noon|midnight|afternoon|p\.?m|Stunden|hours?\b"),
+    ("2 3 4 5 6 7 8 9 10 11", r"divisib|multiples|\bprime"),
+    ("10 100 1000", r"power|place value|\btens\b|decimal|centur|decade"),
+    ("365 366", r"\bdays\b"),
+    ("2", r"\beven\b|\bodd\b|binary"),
+    ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
+    ("5 12 30 60", r"(?:\bminute|\bhour|dial|(?<!')clock).*\b(?:each|every|full turn|marks)\b"),
+    ("6 8 12", r"\bcubes?\b.*\b(?:edges|faces|corners|vertices)\b"),
+    ("6 8", r"\blegs\b"),
+]
+# Values, then a pattern that their sentence or the question must have.
+_TOPIC_FACTS = [
+    ("36", r"\b(?:die|dice)\b"),
+    ("1/2", r"\bcoins?\b"),
+    ("270", r"degree|quadrant|turn|angle"),
+    ("13 26 52", r"\b(?:cards|deck)\b"),
+    ("64", r"chess"),
+    ("5 10 50 100 500 1000", r"Roman numeral|in Roman"),
+    ("7 14", r"\bpH\b|neutral|week"),
+    ("0 32 100 212 273 273.15 1.8 9/5 5/9", r"Celsius|Fahrenheit|Kelvin|°[CF]|freez|boil"),
+    ("3.6 1000 3600", r"km/h|m/s|kilomet\w+ per hour|met\w+ per second"),
+    ("1.6 1.61 1.609", r"\bmiles?\b"),
+    ("2.54", r"\binch"),
+    ("9.8 9.81", r"gravit|\bg\b|weight|\bfall"),
+    ("340 343", r"\bsound\b"),
+    ("300000 299792458", r"\blight\b"),
+    ("8", r"\bbytes?\b|octet|\bshells?\b"),
+    ("26", r"alphabet"),
+]
+_SENTENCE_FACTS = _read_facts(_SENTENCE_FACTS)
+_TOPIC_FACTS = _read_facts(_TOPIC_FACTS)
+_TURNS = (90, 180, 360)
+_SAID_OF_ALL = re.compile(
+    r"\b(?:adds? up|sum|total|full|straight|right angle|always|every|each|any|whole|complete)\b"
+)
+_SET_TO = re.compile(
+    r"\b(?:set|put|let|where|when|with|if|substitute|plug in|starts?|begins?|at)\b[\w ,()-]{0,30}"
+    r"(?:=|to|at|from|equals?|is) $"
+)
+
+
+def _is_fact(place: Place) -> bool:
+    """ "add up to 180 degrees", "100 %", "60 minutes in an hour", "set x = 0"."""
+    if place.value in (0, 1) and not place.before.endswith((" -", "=-")):
+        return not place.is_gold or _SET_TO.search(place.clause_before) is not None
+    if place.unit and _is_conversion(place):
+        return True
+    if place.value in _THOUSANDS and _ONE_UNIT.search(place.clause_before):
+        return True
+    if place.unit and place.value in _TURNS and place.unit[0] != "angle":
+        return False
+    if place.is_gold and not _SAID_OF_ALL.search(place.clause):
+        return False
+    if _has_fact(place.value, _SENTENCE_FACTS, place.sentence):
+        return True
+    return _has_fact(place.value, _TOPIC_FACTS, f"{place.sentence} {place.question}")
+
+
+def _has_fact(value: Fraction | float, facts: list, text: str) -> bool:
+    return any(value in values and pattern.search(text) for values, pattern in facts)
+
+
+def _is_conversion(place: Place) -> bool:
+    """The number times its unit is one of another unit in the clause: "an hour has 60 minutes"."""
+    dimension, size = place.unit
+    larger = (dimension, place.value * size)
+    if place.value > 1 and larger in units_in(place.clause):
+        return True
+    return place.value in _POWERS_OF_TEN and _ONE_UNIT.search(place.clause) is not None
+
+
+_POWERS_OF_TEN = {Fraction(10**exponent) for exponent in range(1, 10)}
+_THOUSANDS = {Fraction(1000**exponent) for exponent in range(1, 4)}
+_ONE_UNIT = re.compile(r"\b(?:one|1) [a-z]+", re.I)
+
+
+# ------------------------------------------------------------------------------------- counts
+
+_NO_NOUN = """
+    of on in at is are was were has have and or from to as by for so then than times plus minus more
+    less fewer wide long high tall deep apart away up down left right over under per with because
+    since which that this it its not too each together
+"""
+_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|[^\W\d_]i|people|dice|mice|geese|feet)"
+_NOUN_BEHIND = re.compile(
+    rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
+    rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
+)
+_DEFINITE_BEFORE = re.compile(
+    r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
+    r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
+    re.I,
+)
+_PARTITIVE = re.compile(
+    r" (?:of (?:the|these|those|them)\b(?!.{0,25}\b(?:are|is|have|lie)\b)|or more\b)"
+)
+_THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other) $", re.I)
+_GENERAL_BEFORE = re.compile(
+    r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{2,30}"
+    r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
+    re.I,
+)
+_STATED_BEFORE = re.compile(
+    r"(?:\b(?:there (?:is|are|were)|shows?|sees?|counts?|total(?: of)?|gives?|makes?|making|equals?"
+    r"|is|are|has|have|reach(?:es)?|contains?|you (?:get|find)|leaves?|leaving|remain\w*|exactly"
+    r"|namely|only|hay|gibt es|son|sind)|[=:≈])(?: about| only| just| exactly)? $",
+    re.I,
+)
+_GRID = re.compile(r" (?:by|x) \d+ (?:table|grid|matrix|board|array|square)")
+_GRID_BEFORE = re.compile(r"\d (?:by|x) $")
+_ONE_OR = re.compile(r"\b(?:one|1|2)\b.*\bor $")
+_CONDITION = re.compile(r"\b(?:if|when|even|odd|always|any|every|each|whenever)\b", re.I)
+
+
+def _is_small_count(place: Place) -> bool:
+    """ "the two lines", "a square has four sides"; not "there are five bars", "7 squares wide"."""
+    if place.unit or place.value not in range(2, 13):
+        return False
+    return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
+
+
+def _is_count_of_gold(place: Place) -> bool:
+    """The answer is a small number, and the hint counts what nobody asks for: "the two lines"."""
+    noun = _NOUN_BEHIND.match(place.after)
+    if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
+        return False
+    before = place.clause_before
+    return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
+
+
+def _is_count_of_others(place: Place) -> bool:
+    """A count that is no answer. Up to three it may stand without a noun: "two of the three"."""
+    value, before = place.value, place.clause_before
+    if _GRID.match(place.after) or _GRID_BEFORE.search(before):
+        return value <= 10
+    without_noun = (
+        _ONE_OR.search(before) or _PARTITIVE.match(place.after) or _THE_BEFORE.search(before)
+    )
+    if without_noun and value <= 3:
+        return True
+    if _GENERAL_BEFORE.search(before):
+        return True
+    if not _NOUN_BEHIND.match(place.after):
+        return False
+    if _DEFINITE_BEFORE.search(before):
+        return True
+    if _STATED_BEFORE.search(before):
+        return value <= 4 and _CONDITION.search(place.clause) is not None
+    return value <= 6
+
+
+def _asks_for(noun: str, question: str) -> bool:
+    """The question asks how many of the noun there are."""
+    stem = re.escape(noun[:-1] if len(noun) > 4 else noun)
+    return re.search(rf"\b(?:how many|number of)\b.{{0,60}}\b{stem}", question, re.I) is not None
+
+
+# --------------------------------------------------------------------------------- distractors
+
+_IGNORE = re.compile(
+    r"\b(?:ignore|skip|disregard|leave out|does not (?:matter|count)|do not (?:matter|count|use)"
+    r"|not needed|irrelevant|plays? no part)\b",
+    re.I,
+)
+
+
+def _is_distractor(place: Place) -> bool:
+    """ "ignore the 70 on the wall"."""
+    return not place.is_gold and _IGNORE.search(place.clause) is not None
+
+
+_RELIEFS = (_is_name, _is_in_formula, _is_fact, _is_small_count, _is_distractor)

@@ -1,0 +1,296 @@
+"""What the rules of plumbing.spoilers read: a hint, its question and its gold answer in one form.
+
+`read_case` finds the options and the gold one among them, the parts of the answer and the numbers
+that the question states. It takes out of the hint the candidates that the hint only lists.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from plumbing.answers import pick_option, split_unit, to_number, unboxed
+from plumbing.number_words import Number, normal, numbers
+
+LETTERS = "ABCDEFGH"
+
+_ORDINAL_WORDS = "first second third fourth fifth sixth seventh eighth ninth tenth"
+ORDINALS = _ORDINAL_WORDS.split()
+
+END_OF_CLAUSE = re.compile(r"[;!?,()。；，]|[.:](?=\s|$)")
+_END_OF_SENTENCE = re.compile(r"([;!?。；]|\.(?=\s|$))")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and phrases of a text."""
+    return _END_OF_SENTENCE.split(text)[::2]
+
+
+def plain_words(text: str) -> str:
+    """A text without case and punctuation, for the rules on words: "Mon-day!" -> "mon-day "."""
+    return re.sub(r"[^\w\s-]+", " ", text.casefold())
+
+
+def has_word(word: str, text: str) -> bool:
+    """The text has the word, or the words in a row. The article "A" is no option's letter."""
+    if word not in text:
+        return False
+    if word == "A":
+        return _LETTER_A.search(text) is not None
+    return re.search(rf"\b{re.escape(word)}\b", text) is not None
+
+
+_LETTER_A = re.compile(r"\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])")
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A part of the answer that is a number."""
+
+    part: str
+    value: Fraction | float  # without its sign
+    forms: tuple[Fraction | float, ...]  # for 25 %: 1/4 and 25
+
+
+@dataclass
+class Case:
+    """A hint, its question and the gold answer, as the rules read them: all texts are normal."""
+
+    text: str  # the hint without the candidates that it lists
+    full: str  # the hint
+    stem: str  # the question without its options
+    options: list[str]
+    place: int | None  # of the gold option; of its letter where there are no options
+    answer: str  # its text; empty where it is a letter alone
+    parts: list[str]  # of the answer; a hint may hold none of them
+    golds: list[Gold]  # those that are numbers
+    known: set[Fraction | float]  # what the question states
+
+    @property
+    def letter(self) -> str | None:
+        return None if self.place is None else chr(ord("A") + self.place)
+
+    @cached_property
+    def numbers(self) -> list[Number]:
+        return numbers(self.text)
+
+    @cached_property
+    def words(self) -> str:
+        return plain_words(self.text)
+
+    @cached_property
+    def stem_words(self) -> str:
+        return plain_words(self.stem)
+
+    @cached_property
+    def other_options(self) -> list[str]:
+        """The words of each option but the gold one."""
+        others = [option for place, option in enumerate(self.options) if place != self.place]
+        return [plain_words(option).strip() for option in others]
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        return sentences(self.text)
+
+
+def read_case(text: str, question: str, answer: str, choices: list[str] | None) -> Case:
+    """All that the rules read. The arguments are those of `spoilers.find_spoilers`."""
+    stem, options = (question, choices) if choices else _inline_choices(question)
+    place, answer = _place_and_text(unboxed(answer), options)
+    full, stem, options = normal(text), normal(stem), [normal(option) for option in options]
+    parts = _parts(answer)
+    plain_answer = normal(answer)
+    is_option = place is not None and options and answer
+    return Case(
+        text=_without_candidates(full, options, place),
+        full=full,
+        stem=stem,
+        options=options,
+        place=place,
+        answer=plain_answer,
+        parts=[plain_answer] if is_option else parts,
+        golds=_gold_numbers(parts),
+        known=_known(stem, options, place),
+    )
+
+
+# ------------------------------------------------------------------------------------ options
+
+_OPTION_MARK = re.compile(rf"(?:^|(?<=[\s;,]))\(?([{LETTERS}])[).:]\s")
+_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
+
+
+def _inline_choices(question: str) -> tuple[str, list[str]]:
+    """A question that lists its options -> what stands before them, and their texts.
+
+    It lists them as "(A) 3 (B) 5" or "A. 3 B. 5". Any other question has no options.
+    """
+    marks = list(_OPTION_MARK.finditer(question))
+    letters = "".join(mark[1] for mark in marks)
+    start = letters.find("AB")
+    if start < 0:
+        return question, []
+    in_order = zip(marks[start:], LETTERS, strict=False)
+    marks = [mark for mark, letter in in_order if mark[1] == letter]
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    options = [
+        question[mark.end() : end].strip(" ;,\n") for mark, end in zip(marks, ends, strict=True)
+    ]
+    return question[: marks[0].start()], options
+
+
+def _place_and_text(answer: str, options: list[str]) -> tuple[int | None, str]:
+    """The place and the text of the gold option: "B" of "3", "5" -> 1, "5".
+
+    No place where the answer is no option; no text where it is a letter alone.
+    """
+    place = pick_option(answer.strip().rstrip("."), options) if options else None
+    if place is not None:
+        is_letter = _LONE_LETTER.fullmatch(options[place].strip())
+        return place, "" if is_letter else options[place]
+    letter = _LONE_LETTER.fullmatch(answer.strip())
+    return (ord(letter[1].upper()) - ord("A"), "") if letter else (None, answer)
+
+
+# ----------------------------------------------------------------------------- parts, numbers
+
+_PAIR_OF_BRACKETS = re.compile(r"^\s*\$?[(\[{⟨]?(.*?)[)\]⟩]?\$?\s*$", re.S)
+_BETWEEN_PARTS = re.compile(r"\s*(?:,(?!\d{3}(?!\d))|;|&|\band\b|\bor\b)\s*")  # 1,200 is one part
+_NAMED_VALUE = re.compile(r"^[a-zA-Z]\w? ?= ?")
+
+
+def _parts(answer: str) -> list[str]:
+    """The parts of an answer, none of which a hint may hold: "(3, x = 5)" -> "3", "5".
+
+    An order of letters, "C, A, B", is one part: its letters name things.
+    """
+    listed = _BETWEEN_PARTS.split(_PAIR_OF_BRACKETS.sub(r"\1", answer))
+    parts = [_NAMED_VALUE.sub("", normal(part).rstrip(".! ")) for part in listed]
+    parts = [part for part in parts if part]
+    letters = [part for part in parts if len(part) == 1 and part.isalpha()]
+    return [answer] if len(letters) == len(parts) > 1 else parts
+
+
+def _gold_numbers(parts: list[str]) -> list[Gold]:
+    golds = []
+    for part in parts:
+        value = part_value(part)
+        if value is not None:
+            value = abs(value)
+            is_percent = "%" in split_unit(part)[0]
+            golds.append(Gold(part, value, (value, value * 100) if is_percent else (value,)))
+    return golds
+
+
+_NOUNS = re.compile(r"[A-Za-z\s'-]*")
+_VARIABLE = re.compile(r"\b[a-z]\b", re.I)
+
+
+def part_value(part: str) -> Fraction | float | None:
+    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for others, as "12 x"."""
+    value = to_number(split_unit(part)[0])
+    if value is not None:
+        return value
+    found = numbers(part)
+    if len(found) != 1:
+        return None
+    rest = part[: found[0].start] + part[found[0].end :]
+    counts_nouns = _NOUNS.fullmatch(rest) and not _VARIABLE.search(rest) and len(rest.split()) < 4
+    return found[0].values[0] if counts_nouns else None
+
+
+# The beginning of a shape's name, and its number of corners or faces.
+_CORNERS = """
+    triang 3 square 4 rectang 4 quadril 4 parallelogram 4 rhombus 4 trapez 4 pentagon 5 hexagon 6
+    heptagon 7 octagon 8 decagon 10 dodecagon 12 cube 6
+"""
+_CORNERS_OF = dict(zip(_CORNERS.split()[::2], _CORNERS.split()[1::2], strict=True))
+_WHOLE = re.compile(r"\d+")
+
+
+def whole_numbers(text: str) -> set[Fraction]:
+    """The digits of a number's text: "3/4" -> 3, 4. What is longer than 20 digits is cut."""
+    return {Fraction(digits[:20]) for digits in _WHOLE.findall(text)}
+
+
+def _stated(text: str) -> set[Fraction | float]:
+    """The values that a normal text states: "3/4" states 3 and 4 too, "third" 3, "hexagon" 6."""
+    found = numbers(text)
+    values = {value for number in found for value in number.values}
+    values = values.union(*(whole_numbers(number.text) for number in found))
+    lower = text.casefold()
+    values |= {Fraction(place) for place, word in enumerate(ORDINALS, 1) if word in lower}
+    return values | {Fraction(count) for word, count in _CORNERS_OF.items() if word in lower}
+
+
+def _known(stem: str, options: list[str], gold: int | None) -> set[Fraction | float]:
+    """What the question states; of its options what all state, and what wrong statements state.
+
+    A statement is an option of at least four words.
+    """
+    known = _stated(stem)
+    if not options:
+        return known
+    stated = [_stated(option) for option in options]
+    known |= set.intersection(*stated)
+    for place, values in enumerate(stated):
+        if place != gold and len(options[place].split()) >= 4:
+            known |= values
+    return known
+
+
+# -------------------------------------------------------------------------------- candidates
+
+_OPEN_CHOICE = re.compile(r"\b(?:or|whether|between|versus|vs)\b", re.I)
+_RANGE = re.compile(r"\b(?:to|through)\b|-")
+CHOSEN = re.compile(
+    r"\b(?:so|therefore|thus|hence|leaving|leaves only|than|rather|instead|unlike|except|but not"
+    r"|must be|turns out|outweigh\w*|clearly|visibly|because)\b",
+    re.I,
+)
+
+
+def _without_candidates(text: str, options: list[str], gold: int | None) -> str:
+    """The text without the options that a sentence lists beside each other and does not judge.
+
+    "decide between red, blue and green" -> "decide between  ,   and  ". Enough are all options
+    but one, two of them around "or", or the first and the last one as a range.
+    """
+    letters = LETTERS[: len(options) or 4] if gold is not None else ""
+    for names in (_option_names(options), {name: place for place, name in enumerate(letters)}):
+        if sum(name in text.casefold() or name in text for name in names) > 1:
+            text = _blank_lists(text, names)
+    return text
+
+
+def _option_names(options: list[str]) -> dict[str, int]:
+    """What options may be called, and their places: their texts, without units, up to a colon."""
+    names = {}
+    for place, option in enumerate(options):
+        head, colon, _ = option.partition(": ")
+        for name in (option, split_unit(option)[0], head if colon else option):
+            if len(name) > 1 or name.isdigit():
+                names.setdefault(name.casefold(), place)
+    return names
+
+
+def _blank_lists(text: str, names: dict[str, int]) -> str:
+    """The text without the names, in each sentence that only lists them."""
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = "|".join(re.escape(name) for name in longest_first)
+    is_letters = longest_first[0].isupper()
+    ignore_case = re.NOFLAG if is_letters else re.I
+    named = re.compile(rf"(?<![\w.])(?:{pattern})(?!\w|\.\d)", ignore_case)
+    count = len(set(names.values()))
+    pieces = _END_OF_SENTENCE.split(text)
+    for index, piece in enumerate(pieces):
+        found = named.findall(piece)
+        places = {names[name if is_letters else name.casefold()] for name in found}
+        if len(places) < 2 or len(found) > len(places) or CHOSEN.search(piece):
+            continue
+        is_range = {0, count - 1} <= places and _RANGE.search(piece)
+        if len(places) >= count - 1 or _OPEN_CHOICE.search(piece) or is_range:
+            pieces[index] = named.sub(" ", piece)
+    return "".join(pieces)
