@@ -102,6 +102,6 @@ def test_no_text_breaks_the_spoiler_check():
 
 
 def test_long_decimals_and_broken_letters_are_read():
-    assert find_spoilers("about 0." + "3" * 308, "How long is it?", "\\sqrt{2}")
+    assert find_spoilers("about 0." + "3" * 350, "How long is it?", "\\sqrt{2}")
     assert find_spoilers("look at the left one", "Which one?", "\n(B") == []
     assert find_spoilers("it is (B)", "Which one?", "\nB)")
