@@ -51,7 +51,9 @@ def _read_units() -> dict[str, tuple[str, int]]:
 
 UNITS = _read_units()
 _NAMES = "|".join(re.escape(name) for name in sorted(UNITS, key=len, reverse=True))
-_UNIT_BEHIND = re.compile(rf"-? ?(?:square |cubic )?({_NAMES})(?![^\W\d_])")
+# not the s of "2s + 7 = 31", and no "2 square numbers"
+_NO_UNIT = r"(?![^\W\d_]| ?[-+*=/^] ?[\d(]| (?:number|root)s?\b)"
+_UNIT_BEHIND = re.compile(rf"-? ?(?:square |cubic )?({_NAMES}){_NO_UNIT}")
 _ANY_UNIT = re.compile(rf"(?<![^\W_])({_NAMES})(?![^\W_])")
 
 
@@ -207,12 +209,19 @@ def _read_facts(rows: list[tuple[str, str]]) -> list[tuple[set[Fraction], re.Pat
 # Values, then a pattern that their sentence must have.
 _SENTENCE_FACTS = [
     ("90 180 360", r"."),
-    ("3.14 3.1416 22/7", r"."),
     ("100", r"%|percent|hundred|whole|out of|\bper 100"),
     ("60", r"equilateral|30-60-90|minute|second|hour"),
     ("30 45 60", r"30-60-90|45-45-90|special"),
-    ("28 29 30 31", r"\bdays\b.*\bdays\b|\bmonth"),
-    ("12 24", r"noon|midnight|afternoon|p\.?m|Stunden|hours?\b"),
+    ("28 29 30 31", r"\bdays\b.*\bdays\b|\bmonth|\bleap\b|\bfebruary\b"),
+    ("12 24", r"noon|midnight|afternoon|p\.?m|Stunden|hours?\b|horas\b|heures\b|小时"),
+    ("60", r"Minuten|\bminut[oi]s?\b|分钟|Sekunden|\bsegundos?\b|秒"),
+    ("5", r"大格|\bMonday to Friday\b|\bweekdays\b|\bworking days\b"),
+    ("7", r"opposite (?:faces|sides)"),
+    ("50 1/2", r"%.*\b(?:more|less|over|under|middle|majority|whole|bar)\b|\bhalf\b"),
+    ("50 1/2", r"\b(?:more|less|over|under|middle|majority)\b.*%"),
+    ("1/10 1/100 1/1000", r"%|per ?cent|percent|decimal"),
+    ("10 100 1000 10000 100000 1000000", r"等于|换算|=.*(?:米|克|升)"),
+    ("0 1 2 3 4 5 6 7 8 9 10", r"\bdigits?\b|\bfrom 1 to 10\b|\b\d from (?:a |an )?\d\b"),
     ("2 3 4 5 6 7 8 9 10 11", r"divisib|multiples|\bprime"),
     ("10 100 1000", r"power|place value|\btens\b|decimal|centur|decade"),
     ("365 366", r"\bdays\b"),
@@ -225,6 +234,9 @@ _SENTENCE_FACTS = [
 # Values, then a pattern that their sentence or the question must have.
 _TOPIC_FACTS = [
     ("36", r"\b(?:die|dice)\b"),
+    ("5 12 60", r"\b(?:clock|dial|hour hand|minute hand)\b"),
+    ("12", r"\bmonths?\b|\bMonate?n?\b|\bmeses\b|\bmois\b|个月"),
+    ("23.5 66.5", r"tropic|polar circle|latitude|equator|season|\btilt"),
     ("1/2", r"\bcoins?\b"),
     ("270", r"degree|quadrant|turn|angle"),
     ("13 26 52", r"\b(?:cards|deck)\b"),
@@ -244,6 +256,8 @@ _TOPIC_FACTS = [
 _SENTENCE_FACTS = _read_facts(_SENTENCE_FACTS)
 _TOPIC_FACTS = _read_facts(_TOPIC_FACTS)
 _TURNS = (90, 180, 360)
+_PI = re.compile(r"3\.14\d*|22/7")
+_CIRCLE = re.compile(r"\bpi\b|circ|radius|diameter|disc|cylind|cone|spher", re.I)
 _SAID_OF_ALL = re.compile(
     r"\b(?:adds? up|sum|total|full|straight|right angle|always|every|each|any|whole|complete)\b"
 )
@@ -257,6 +271,8 @@ def _is_fact(place: Place) -> bool:
     """ "add up to 180 degrees", "100 %", "60 minutes in an hour", "set x = 0"."""
     if place.value in (0, 1) and not place.before.endswith((" -", "=-")):
         return not place.is_gold or _SET_TO.search(place.clause_before) is not None
+    if _PI.fullmatch(place.number.text) and _CIRCLE.search(f"{place.sentence} {place.question}"):
+        return not place.is_gold
     if place.unit and _is_conversion(place):
         return True
     if place.value in _THOUSANDS and _ONE_UNIT.search(place.clause_before):
@@ -345,6 +361,8 @@ def _is_count_of_gold(place: Place) -> bool:
 def _is_count_of_others(place: Place) -> bool:
     """A count that is no answer. Up to three it may stand without a noun: "two of the three"."""
     value, before = place.value, place.clause_before
+    if value == 2:
+        return True
     if _GRID.match(place.after) or _GRID_BEFORE.search(before):
         return value <= 10
     without_noun = (
@@ -378,9 +396,19 @@ _IGNORE = re.compile(
 )
 
 
+_YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
+
+
+def _is_year(place: Place) -> bool:
+    """A year beside other years: the question or its options have one too, and it is no answer."""
+    is_year = _YEAR.fullmatch(place.number.text) and not place.unit and not place.is_gold
+    years = _YEAR.findall(place.question)
+    return bool(is_year and years)
+
+
 def _is_distractor(place: Place) -> bool:
     """ "ignore the 70 on the wall"."""
     return not place.is_gold and _IGNORE.search(place.clause) is not None
 
 
-_RELIEFS = (_is_name, _is_in_formula, _is_fact, _is_small_count, _is_distractor)
+_RELIEFS = (_is_name, _is_in_formula, _is_fact, _is_small_count, _is_year, _is_distractor)

@@ -167,7 +167,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 _CJK_DIGITS = dict(zip("零一二三四五六七八九", range(10), strict=True)) | {"两": 2, "〇": 0}
 _CJK_SCALES = {"十": 10, "百": 100, "千": 1000}
-_CJK_COUNTERS = "个個只條条根米度厘分小天年月元岁歳本支块倍次点种種颗棵人つ匹枚円時时"
+_CJK_COUNTERS = "个個只條条根米度厘分小天年月元岁歳摄本支块倍次点种種颗棵人つ匹枚円時时"
 
 # "十二", "三个"; not "第二", "三角形"
 _CJK_NUMBER = re.compile(

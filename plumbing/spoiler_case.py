@@ -204,7 +204,7 @@ def part_value(part: str) -> Fraction | float | None:
 # The beginning of a shape's name, and its number of corners or faces.
 _CORNERS = """
     triang 3 square 4 rectang 4 quadril 4 parallelogram 4 rhombus 4 trapez 4 pentagon 5 hexagon 6
-    heptagon 7 octagon 8 decagon 10 dodecagon 12 cube 6
+    heptagon 7 octagon 8 nonagon 9 decagon 10 dodecagon 12 cube 6
 """
 _CORNERS_OF = dict(zip(_CORNERS.split()[::2], _CORNERS.split()[1::2], strict=True))
 _WHOLE = re.compile(r"\d+")
@@ -247,7 +247,7 @@ _OPEN_CHOICE = re.compile(r"\b(?:or|whether|between|versus|vs)\b", re.I)
 _RANGE = re.compile(r"\b(?:to|through)\b|-")
 CHOSEN = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|leaves only|than|rather|instead|unlike|except|but not"
-    r"|must be|turns out|outweigh\w*|clearly|visibly|because)\b",
+    r"|must be|but|turns out|outweigh\w*|clearly|visibly|because)\b",
     re.I,
 )
 
@@ -282,7 +282,8 @@ def _blank_lists(text: str, names: dict[str, int]) -> str:
     pattern = "|".join(re.escape(name) for name in longest_first)
     is_letters = longest_first[0].isupper()
     ignore_case = re.NOFLAG if is_letters else re.I
-    named = re.compile(rf"(?<![\w.])(?:{pattern})(?!\w|\.\d)", ignore_case)
+    # Chinese has no blanks between words
+    named = re.compile(rf"(?<![A-Za-z\d.])(?:{pattern})(?![A-Za-z\d]|\.\d)", ignore_case)
     count = len(set(names.values()))
     pieces = _END_OF_SENTENCE.split(text)
     for index, piece in enumerate(pieces):

@@ -81,14 +81,17 @@ def _states_number(case: Case) -> Iterator[str]:
         gold = _gold_of(number, case)
         if not gold and _combines_known(number, case):
             continue
-        if is_innocent(place_of(number, case.text, case.stem, gold is not None)):
+        question = " ".join((case.stem, *case.options))
+        if is_innocent(place_of(number, case.text, question, gold is not None)):
             continue
         yield (
             f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"
         )
 
 
-_COUNTED = re.compile(r"\b(?:the|these|all|of) $")
+_COUNTED = re.compile(
+    r"\b(?:the|these|all|of|die|der|den|alle|las|los|les|des|i|gli|as|os) $", re.I
+)
 
 
 def _is_known(number: Number, case: Case) -> bool:
@@ -180,6 +183,7 @@ _TERM = r"\(?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\\sqrt ?\{?\d+\}?)(?: ?%)?(?:\^\{?\d\}?
 _WORKED = re.compile(
     rf"(?<![\d.,]){_TERM}(?: ?(?:[-+*/:^x]|times|plus|minus|divided by|over) ?{_TERM})+"
 )
+_DEGREES = re.compile(r" ?(?:°|\^\{?\\circ\}?|degrees?\b)")
 _OPERATORS = {"times": "*", "x": "*", "plus": "+", "minus": "-", "divided by": "/", "over": "/"}
 
 
@@ -187,7 +191,7 @@ def _works_out(case: Case) -> Iterator[str]:
     """An expression of numbers whose value is the answer: "4 times 4 euros" for 16."""
     if not case.golds:
         return
-    for match in _WORKED.finditer(case.text):
+    for match in _WORKED.finditer(_DEGREES.sub("", case.text)):
         expression = match[0]
         if expression in case.stem:
             continue
@@ -227,6 +231,24 @@ def _spells_number(case: Case) -> Iterator[str]:
 def _is_new(pattern: str, case: Case) -> bool:
     """The pattern occurs in the hint, but not in the question."""
     return re.search(pattern, case.text) is not None and re.search(pattern, case.stem) is None
+
+
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?: ?[ap]\.?m\.?)?", re.I)
+
+
+def _says_time(case: Case) -> Iterator[str]:
+    """A clock time in words: "a quarter to 8" for 7:45, "half past 2" for 2:30."""
+    time = _CLOCK.fullmatch(case.answer)
+    if not time:
+        return
+    hour, minute = int(time[1]) % 12 or 12, int(time[2])
+    ways = []
+    for minutes, direction in ((minute, "past"), (60 - minute, "to")):
+        spoken = {15: "(?:a )?(?:quarter|1/4)", 30: "(?:half|1/2)"}.get(minutes, rf"0?{minutes}")
+        full_hour = hour if direction == "past" else hour % 12 + 1
+        ways.append(rf"(?:{spoken}|{minutes})(?: minutes?)? {direction} {full_hour}\b")
+    if minute and _is_new(rf"\b(?:{'|'.join(ways)})", case):
+        yield f"says the time: {case.answer}"
 
 
 _RATIO = re.compile(r"(\d+) ?(?::|/|to|\\colon) ?(\d+)")
@@ -282,7 +304,7 @@ def _letter_marks(letter: str) -> tuple[re.Pattern, re.Pattern]:
         r"(?:is|fits|must be|remains|matches|satisfies|shows|works|completes|agrees|continues)"
         r" (?:the )?(?:best|right|correct|true|only|one|answer|option|choice|pattern|match)"
     )
-    listed = rf"(?:^|\s)[\"']?{letter}[\"']?(?:\)|\.(?=\s[A-Z]|$)| {verdict})"
+    listed = rf"(?:^|\s)[\"']?(?-i:{letter})[\"']?(?:\)|\.(?=\s[A-Z]|$)| {verdict})"
     small = rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])"
     ignore_case = re.NOFLAG if letter in _WORDS_OF_ONE_LETTER else re.I
     return re.compile(rf"{bracketed}|{named}|{listed}", ignore_case), re.compile(small)
@@ -308,7 +330,7 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
     return False
 
 
-_LIST = r"(?:option|choice|answer|alternative|candidate|possibility|entry in the list)s?"
+_LIST = r"(?:option|choice|answer|alternative|candidate|possibility|entry (?:in|of) the \w+)s?"
 _ORDINAL = rf"(?P<ordinal>{'|'.join(ORDINALS)}|\d(?=st|nd|rd|th)|last|final)(?:st|nd|rd|th)?"
 _PLACE_NAMES = [
     re.compile(pattern, re.I)
@@ -363,6 +385,9 @@ _OUT = re.compile(
 )
 
 
+_LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
+
+
 def _excludes_others(case: Case) -> Iterator[str]:
     """A sentence names all options but the gold one: "A, B and D cannot be it".
 
@@ -374,6 +399,8 @@ def _excludes_others(case: Case) -> Iterator[str]:
     are_options = not case.answer and not _CAPITALS.search(case.stem)
     gold = plain_words(case.answer).strip()
     for sentence in sentences(case.full):
+        if _LISTED_TO_CHOOSE.search(sentence):
+            continue
         others = [letter for letter in letters if letter != case.letter]
         if (are_options or _OUT.search(sentence)) and _only(others, case.letter, sentence):
             yield "excludes all other options"
@@ -388,7 +415,7 @@ def _only(others: list[str], gold: str, sentence: str) -> bool:
 
 # -------------------------------------------------------------------------------- expressions
 
-_EXPRESSION_DRESS = re.compile(r"[\s{}\\*]|(?:cdot|times)")
+_EXPRESSION_DRESS = re.compile(r"[\s{}\\*_]|(?:cdot|times)")
 
 
 def _holds_expression(case: Case) -> Iterator[str]:
@@ -466,6 +493,7 @@ _JUDGED = re.compile(
             | invalid | justified | broken
           )
       )\b
+    | \bno [ ] [a-z]+ [ ] (?: works | fits | exists | is [ ] possible | can [ ] be [ ] found )\b
     | \b(?:contradict|confirm|support|refute|disprove|prove|back|violate)s? [ ]
       (?:the|this|that) [ ] {_CLAIM}
     """,
@@ -478,6 +506,10 @@ _UNDECIDED = re.compile(
 )
 
 
+# "if it is, the claim is right, otherwise it is not"
+_BOTH_WAYS = re.compile(r"\bif\b.*\b(?:if|otherwise|or else)\b", re.I)
+
+
 def _says_yes_or_no(case: Case) -> Iterator[str]:
     """Yes or no is said, the claim is judged, or the question comes back as a statement.
 
@@ -487,7 +519,8 @@ def _says_yes_or_no(case: Case) -> Iterator[str]:
     if word not in YES_OR_NO:
         return
     asked = [word for word in case.stem_words.split() if word not in _COMMON_WORDS]
-    for clause in END_OF_CLAUSE.split(case.text):
+    text = ". ".join(sentence for sentence in case.sentences if not _BOTH_WAYS.search(sentence))
+    for clause in END_OF_CLAUSE.split(text):
         if _UNDECIDED.search(clause):
             continue
         if _said(word).search(clause.casefold().strip()):
@@ -716,6 +749,7 @@ _RULES = (
     _repeats_result,
     _works_out,
     _spells_number,
+    _says_time,
     _says_ratio,
     _names_option,
     _names_place,

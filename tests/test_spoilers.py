@@ -3,8 +3,9 @@
 import random
 from collections import Counter
 
-from conftest import ROOT
+from conftest import ROOT, read_jsonl
 
+from hints import Hint
 from plumbing.spoilers import find_spoilers
 from toy import world
 
@@ -19,10 +20,9 @@ def labelled():
 
 # What no rule sees, and what one sees that is none, by the first words of the hint.
 KNOWN_FAULTS = {
-    "the numbers 15, 17, 21 and 27",  # "the test with 3" is about divisibility
-    "the two curves and the year 1990",  # the year of the gold statement
     "the 12 edges of the cube",  # "four at the top" of any cube, no count of this one
     "the 6 by 6 table of sums",  # "(1, 6)" is an example
+    "two red edges at the top",  # small counts, to be added up
     "the left pan is lower",  # "greater than" for a lone sign
     "the cats outnumber the dogs",
     "take the third letter",
@@ -55,6 +55,22 @@ def test_labelled_spoilers(capsys):
     assert precision >= 0.97 and recall >= 0.97
     faults = {start for start in KNOWN_FAULTS if any(text.startswith(start) for text in wrong)}
     assert faults == KNOWN_FAULTS and len(wrong) == len(KNOWN_FAULTS)
+
+
+def test_fresh_hints():
+    """660 hints by two writers who did not know the rules; the rules were mended on all of them."""
+    rejected = Counter()
+    cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
+    for case in cases:
+        hint = Hint(**{name: tuple(phrases) for name, phrases in case["hint"].items()})
+        reasons = find_spoilers(hint.text, case["question"], case["answer"], case["choices"])
+        kind = "honest"
+        if case["leak"]:
+            kind = "lexical leak" if case["lexical"] else "other leak"
+        rejected[kind, bool(reasons)] += 1
+    assert rejected.total() == 660
+    assert rejected["lexical leak", True] >= 0.9 * 238
+    assert rejected["honest", True] <= 0.02 * 361
 
 
 def test_no_good_hint_of_the_worked_solutions_is_refused():
