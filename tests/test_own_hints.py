@@ -188,7 +188,7 @@ def say(base, monkeypatch):
 
 
 def test_steps_are_asked_for_in_words_and_screened(say):
-    replies = ["The highest bar is 7.", "Read 12 on the axis.", "", PROSE]
+    replies = ["The highest bar is 7.", "Read the 2 bars.", "", PROSE]
     hints, asked = say(*replies)
     hint, rejected = hints._with_steps(QUESTION, "So \\boxed{7}", LOOK)
     steps = ("Find the bars.", "Compare their heights against the axis.")
@@ -197,7 +197,7 @@ def test_steps_are_asked_for_in_words_and_screened(say):
     kinds = [[reason.partition(":")[0] for reason in reasons] for reasons in rejected]
     assert all(set(reasons) == {"steps"} for reasons in kinds)
     assert "holds the answer" in rejected[0][0]
-    assert rejected[1] == ["steps: a number: 12"]
+    assert rejected[1] == ["steps: a number: 2"]
     assert rejected[2] == ["steps: none"]
 
 
