@@ -188,6 +188,20 @@ def same_answer(given: str, answer: str, choices: list[str] | None = None) -> bo
     return _same(given, gold)
 
 
+def fault_of_gold(answer: str, choices: list[str] | None, same: Callable = same_answer) -> str:
+    """Why no response to a question can be right; "" where one can.
+
+    The gold answer, in a box, must be right, and with choices it must be one of them. same: the
+    comparison, as `load_judge` gives it.
+    """
+    if choices and not names_options(answer, choices):
+        return "the gold answer is none of the options"
+    given = extract_answer(f"\\boxed{{{answer}}}")
+    if given is None or not same(given, answer, choices):
+        return "the gold answer does not verify against itself"
+    return ""
+
+
 def _is_selection(gold: str) -> bool:
     """Letters of options, rather than a word: in order, or with something between them."""
     return not gold.isalpha() or list(gold) == sorted(gold)

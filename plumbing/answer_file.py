@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing.answer_comparison import names_options, same_answer
+from plumbing.answer_comparison import fault_of_gold, same_answer
 from plumbing.answer_extraction import extract_answer, unboxed
 from plumbing.json_lines import parse_line
 
@@ -119,7 +119,7 @@ def grade(path: Path) -> Grades:
     grades = Grades()
     for number, row in read_rows(path):
         grades.questions += 1
-        fault = _fault_of_gold(row)
+        fault = fault_of_gold(row.answer, row.choices)
         if fault:
             grades.bad_golds += 1
             grades.unread.append(f"{path}:{number}: id {row.id}: {fault}: {_excerpt(row.answer)}")
@@ -136,16 +136,6 @@ def grade(path: Path) -> Grades:
             else:
                 grades.wrong += 1
     return grades
-
-
-def _fault_of_gold(row: Row) -> str:
-    """Why no response to the question can be right; "" where one can."""
-    if row.choices and not names_options(row.answer, row.choices):
-        return "the gold answer is none of the options"
-    given = extract_answer(f"\\boxed{{{row.answer}}}")
-    if given is None or not same_answer(given, row.answer, row.choices):
-        return "the gold answer does not verify against itself"
-    return ""
 
 
 def _excerpt(text: str) -> str:

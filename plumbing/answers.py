@@ -19,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from plumbing.answer_comparison import load_judge, names_options, pick_option, same_answer
+from plumbing.answer_comparison import fault_of_gold, load_judge, pick_option, same_answer
 from plumbing.answer_extraction import extract_answer, unboxed
 from plumbing.answer_file import grade
 from plumbing.answer_numbers import to_number
@@ -34,8 +34,8 @@ __all__ = [
     "LONGEST_ANSWER",
     "YES_OR_NO",
     "extract_answer",
+    "fault_of_gold",
     "load_judge",
-    "names_options",
     "pick_option",
     "plain_latex",
     "same_answer",

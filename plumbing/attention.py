@@ -47,6 +47,7 @@ def reasoning_tokens(tokenizer, ids: list[int]) -> list[int]:
 
 # -------------------------------------------------------------------------------------- the maps
 def layer_count(model) -> int:
+    """How many layers of text a model has."""
     return len(model.model.language_model.layers)
 
 

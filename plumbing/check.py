@@ -10,11 +10,11 @@ from PIL import Image
 
 from hints import teacher_messages
 from losses import scores_from_hidden
-from plumbing.answers import names_options
+from plumbing.answers import fault_of_gold
 from plumbing.engine import old_log_probs
 from plumbing.images import open_image
 from plumbing.runs import rollout_statistics
-from rollout import Prompt, Question, Response, encode_prompts, response_states, verify
+from rollout import Prompt, Question, Response, encode_prompts, response_states
 
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
@@ -220,14 +220,11 @@ def check_reference(trainer: Trainer, table: Table) -> None:
 
 def check_gold_answers(trainer: Trainer, questions: list[Question], table: Table) -> None:
     """Each gold answer, in a box, is right; with options it is one of them."""
-
-    def is_unreadable(question: Question) -> bool:
-        if not verify(f"\\boxed{{{question.answer}}}", question, trainer.same_answer):
-            return True
-        has_options = bool(question.choices)
-        return has_options and not names_options(question.answer, question.choices)
-
-    unreadable = [question.id for question in questions if is_unreadable(question)]
+    unreadable = [
+        question.id
+        for question in questions
+        if fault_of_gold(question.answer, question.choices, trainer.same_answer)
+    ]
     with_options = sum(bool(question.choices) for question in questions)
     seen = f"{len(questions) - len(unreadable)} of {len(questions)}, {with_options} with options"
     if unreadable:

@@ -359,7 +359,7 @@ def _is_count_of_gold(place: Place) -> bool:
 
 
 def _is_count_of_others(place: Place) -> bool:
-    """A count that is no answer. Up to three it may stand without a noun: "two of the three"."""
+    """A count that is no answer. Two always passes; three may stand without a noun."""
     value, before = place.value, place.clause_before
     if value == 2:
         return True
@@ -387,6 +387,18 @@ def _asks_for(noun: str, question: str) -> bool:
     return re.search(rf"\b(?:how many|number of)\b.{{0,60}}\b{stem}", question, re.I) is not None
 
 
+# -------------------------------------------------------------------------------------- years
+
+_YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
+
+
+def _is_year(place: Place) -> bool:
+    """A year beside other years: the question or its options have one too, and it is no answer."""
+    if place.unit or place.is_gold or not _YEAR.fullmatch(place.number.text):
+        return False
+    return _YEAR.search(place.question) is not None
+
+
 # --------------------------------------------------------------------------------- distractors
 
 _IGNORE = re.compile(
@@ -394,16 +406,6 @@ _IGNORE = re.compile(
     r"|not needed|irrelevant|plays? no part)\b",
     re.I,
 )
-
-
-_YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
-
-
-def _is_year(place: Place) -> bool:
-    """A year beside other years: the question or its options have one too, and it is no answer."""
-    is_year = _YEAR.fullmatch(place.number.text) and not place.unit and not place.is_gold
-    years = _YEAR.findall(place.question)
-    return bool(is_year and years)
 
 
 def _is_distractor(place: Place) -> bool:

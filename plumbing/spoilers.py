@@ -75,13 +75,13 @@ def _names_answer(case: Case) -> Iterator[str]:
 
 def _states_number(case: Case) -> Iterator[str]:
     """The hint states a number that the question does not: read off, computed, or the answer."""
+    question = " ".join((case.stem, *case.options))
     for number in case.numbers:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
         if not gold and _combines_known(number, case):
             continue
-        question = " ".join((case.stem, *case.options))
         if is_innocent(place_of(number, case.text, question, gold is not None)):
             continue
         yield (

@@ -153,8 +153,9 @@ def sample_contexts(
     prompts_of = []
     for question, prompt in zip(questions, trainer.read(questions), strict=True):
         chats = contexts(question, others.get(question.id))
-        prompts = [trainer.hinted_prompt(prompt, messages) for messages in chats.values()]
-        prompts_of.append(dict(zip(chats, prompts, strict=True)))
+        del chats["question"]  # its prompt is at hand
+        prompts = {name: trainer.hinted_prompt(prompt, words) for name, words in chats.items()}
+        prompts_of.append({"question": prompt, **prompts})
     named = [(name, prompt) for prompts in prompts_of for name, prompt in prompts.items()]
     groups = trainer.respond(
         [prompt for _, prompt in named],

@@ -86,6 +86,12 @@ def test_there_are_five_files_and_they_are_short():
     assert sum(counts.values()) <= 1200, counts
 
 
+def test_the_readme_says_how_long_they_are():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for module in FIVE:
+        assert f"| [{module}.py]({module}.py) | {len(code_lines(module))} |" in readme
+
+
 @pytest.mark.parametrize("path", files(".", "plumbing", "toy", "tests", "bench"), ids=module_name)
 def test_a_line_has_at_most_100_columns(path):
     lines = path.read_text("utf-8").splitlines()
