@@ -8,9 +8,10 @@ word goes there. All texts are as `number_words.normal` leaves them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
+from plumbing.general_statements import is_general
 from plumbing.number_words import Number
 
 # -------------------------------------------------------------------------------------- units
@@ -79,41 +80,33 @@ _END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
 _END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
 
 
-@dataclass(frozen=True)
 class Place:
-    """A number of a hint with what stands around it."""
+    """A number of a hint with what stands around it. Most questions need only a little of it."""
 
-    number: Number
-    value: Fraction | float
-    before: str  # at most 80 characters of the text
-    after: str
-    clause_before: str  # the same, within the clause
-    clause: str
-    sentence: str
-    unit: tuple[str, int] | None
-    is_gold: bool  # it is a form of the gold answer
-    question: str
+    def __init__(self, number: Number, text: str, question: str, is_gold: bool):
+        self.number = number
+        self.value = number.values[-1]
+        self.before = text[max(0, number.start - 160) : number.start]
+        self.after = text[number.end : number.end + 80]
+        self.is_gold = is_gold  # it is a form of the gold answer
+        self.question = question
+        self.unit = unit_of(number, text)
 
+    @cached_property
+    def clause_before(self) -> str:
+        return _END_OF_CLAUSE.split(self.before)[-1]
 
-def place_of(number: Number, text: str, question: str, is_gold: bool) -> Place:
-    """Where in the text a number stands."""
-    before = text[max(0, number.start - 80) : number.start]
-    after = text[number.end : number.end + 80]
-    clause_before = _END_OF_CLAUSE.split(before)[-1]
-    clause = clause_before + number.text + _END_OF_CLAUSE.split(after)[0]
-    sentence = _END_OF_SENTENCE.split(before)[-1] + number.text + _END_OF_SENTENCE.split(after)[0]
-    return Place(
-        number=number,
-        value=number.values[-1],
-        before=before,
-        after=after,
-        clause_before=clause_before,
-        clause=clause,
-        sentence=sentence,
-        unit=unit_of(number, text),
-        is_gold=is_gold,
-        question=question,
-    )
+    @cached_property
+    def clause(self) -> str:
+        return self.clause_before + self.number.text + _END_OF_CLAUSE.split(self.after, 1)[0]
+
+    @cached_property
+    def sentence_before(self) -> str:
+        return _END_OF_SENTENCE.split(self.before)[-1]
+
+    @cached_property
+    def sentence(self) -> str:
+        return self.sentence_before + self.number.text + _END_OF_SENTENCE.split(self.after, 1)[0]
 
 
 def is_innocent(place: Place) -> bool:
@@ -136,18 +129,31 @@ _NAME_BEFORE = re.compile(
     r"(?:\d+(?:, (?:and )?| and | or | to |-| vs\.? ))*$",
     re.I,
 )
+_NOUN_BEFORE = re.compile(r"\b([A-Za-z]{4,}) (?:\d+(?:, (?:and )?| and | or | to |-))*$")
 _ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
+_LETTER_BEFORE = re.compile(r"[A-Za-z]_?$")
+_EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}]\^\{?$")
 _LIST_MARK_BEFORE = re.compile(r"(?:^|[;.:] )\(?$")
 _LIST_MARK_BEHIND = re.compile(r"[.)] ")
 
 
 def _is_name(place: Place) -> bool:
     """ "net 2", "lines 1, 3 and 6", "R1", "2nd", "3D", "1. Read the bar"."""
-    if _ORDINAL_BEHIND.match(place.after) or re.search(r"[A-Za-z]_?$", place.before):
+    if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-2:]):
         return True
-    if _LIST_MARK_BEFORE.search(place.before) and _LIST_MARK_BEHIND.match(place.after):
+    if _LIST_MARK_BEHIND.match(place.after) and _LIST_MARK_BEFORE.search(place.before):
         return not place.is_gold
-    return not place.is_gold and _NAME_BEFORE.search(place.before) is not None
+    # the pattern is costly, and a list of names is short
+    if place.is_gold:
+        return False
+    listed = _NAME_BEFORE.search(place.before[-40:]) or _NOUN_BEFORE.search(place.before[-40:])
+    if listed is None or not listed.re.groups:
+        return listed is not None
+    # the question numbers such things itself: "arrow number 3"
+    noun = re.escape(listed[1].rstrip("s"))
+    if noun.casefold() not in place.question.casefold():
+        return False
+    return re.search(rf"\b{noun}s? (?:number |no\.? )?\d", place.question, re.I) is not None
 
 
 # ------------------------------------------------------------------------- formulas and facts
@@ -160,8 +166,9 @@ _FORMULA_BEFORE = re.compile(
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
     r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
-    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})"
+    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})| (?:bh|gh|ab|ah|lw|mv)\b"
 )
+_OVER_LETTER = re.compile(r" ?/ ?[A-Za-z|(\\]")
 _FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}
 _FACTOR_BEFORE = re.compile(
     r"\b(?:divi[ds]\w*|multipl\w*|halve\w*|double\w*|teile\w*)\b[\w ,.'-]{0,40}"
@@ -183,7 +190,9 @@ _OF_MEASURE = re.compile(
 def _is_in_formula(place: Place) -> bool:
     """ "2 * pi * r", "(n - 2) * 180", "divide by 2", "half of the base times the height"."""
     value = place.value
-    if re.search(r"[A-Za-z)\]}]\^\{?$", place.before):
+    if _EXPONENT_BEFORE.search(place.before[-3:]):
+        return True
+    if value == 1 and _OVER_LETTER.match(place.after):
         return True
     if value in _CONSTANTS and not (place.unit and place.is_gold):
         if _FORMULA_BEHIND.match(place.after):
@@ -199,20 +208,31 @@ def _is_in_formula(place: Place) -> bool:
     return "%" not in place.number.text
 
 
-def _read_facts(rows: list[tuple[str, str]]) -> list[tuple[set[Fraction], re.Pattern]]:
-    return [
-        ({Fraction(value) for value in values.split()}, re.compile(pattern, re.I))
-        for values, pattern in rows
-    ]
+def _read_facts(rows: list[tuple[str, str]]) -> dict[Fraction, list[re.Pattern]]:
+    """The patterns of each value."""
+    facts = {}
+    for values, pattern in rows:
+        for value in values.split():
+            facts.setdefault(Fraction(value), []).append(re.compile(pattern, re.I))
+    return facts
 
 
 # Values, then a pattern that their sentence must have.
 _SENTENCE_FACTS = [
     ("90 180 360", r"."),
     ("100", r"%|percent|hundred|whole|out of|\bper 100"),
-    ("60", r"equilateral|30-60-90|minute|second|hour"),
-    ("30 45 60", r"30-60-90|45-45-90|special"),
-    ("28 29 30 31", r"\bdays\b.*\bdays\b|\bmonth|\bleap\b|\bfebruary\b"),
+    ("6 30", r"numeral|minute hand\b.*per minute"),
+    ("60", r"equilateral|minute|second|hour"),
+    ("30 45 60", r"\b30\b.{1,10}\b60\b.{1,10}\b90\b|\b45\b.{1,10}\b45\b.{1,10}\b90\b|special"),
+    ("6 30 0.5 1/2", r"\bhand\b.*(?:each|per|a|an|every|1) (?:minute|hour)\b"),
+    ("9 18 19", r"\bcarry\b|\bcarries\b"),
+    ("1", r"\bslopes?\b.*perpendicular|perpendicular.*\bslopes?\b"),
+    ("13", r"\bcolon(?:y|ies)\b"),
+    ("1.73", r"\bm ?\^?2|\bm²|GFR"),
+    (
+        "28 29 30 31",
+        r"\bdays\b.*\bdays\b|\bmonth|\bleap\b|\b(?:january|february|march|may|july)\b.*\bdays\b",
+    ),
     ("12 24", r"noon|midnight|afternoon|p\.?m|Stunden|hours?\b|horas\b|heures\b|小时"),
     ("60", r"Minuten|\bminut[oi]s?\b|分钟|Sekunden|\bsegundos?\b|秒"),
     ("5", r"大格|\bMonday to Friday\b|\bweekdays\b|\bworking days\b"),
@@ -229,7 +249,12 @@ _SENTENCE_FACTS = [
     ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
     ("5 12 30 60", r"(?:\bminute|\bhour|dial|(?<!')clock).*\b(?:each|every|full turn|marks)\b"),
     ("6 8 12", r"\bcubes?\b.*\b(?:edges|faces|corners|vertices)\b"),
-    ("6 8", r"\blegs\b"),
+    ("6 8", r"\b(?:insect|spider|animal|arachnid)s?\b.*\blegs\b"),
+    (
+        "1 2 3",
+        r"\b(?:oxygen|hydrogen|chlorid|hydroxid|halogen)\w*\b"
+        r".*(?:\b(?:charge|state|is|are)\b| [-+]\d)",
+    ),
 ]
 # Values, then a pattern that their sentence or the question must have.
 _TOPIC_FACTS = [
@@ -247,11 +272,12 @@ _TOPIC_FACTS = [
     ("3.6 1000 3600", r"km/h|m/s|kilomet\w+ per hour|met\w+ per second"),
     ("1.6 1.61 1.609", r"\bmiles?\b"),
     ("2.54", r"\binch"),
-    ("9.8 9.81", r"gravit|\bg\b|weight|\bfall"),
+    ("9.8 9.81 10", r"gravit|\bg\b|weight|\bfall"),
     ("340 343", r"\bsound\b"),
     ("300000 299792458", r"\blight\b"),
     ("8", r"\bbytes?\b|octet|\bshells?\b"),
     ("26", r"alphabet"),
+    ("0.2 0.04 300 1500 25", r"\bE[CK]G\b|\bR(?: peaks?|-R)\b"),
 ]
 _SENTENCE_FACTS = _read_facts(_SENTENCE_FACTS)
 _TOPIC_FACTS = _read_facts(_TOPIC_FACTS)
@@ -275,6 +301,8 @@ def _is_fact(place: Place) -> bool:
         return not place.is_gold
     if place.unit and _is_conversion(place):
         return True
+    if not place.is_gold and _is_convention(place):
+        return True
     if place.value in _THOUSANDS and _ONE_UNIT.search(place.clause_before):
         return True
     if place.unit and place.value in _TURNS and place.unit[0] != "angle":
@@ -286,8 +314,33 @@ def _is_fact(place: Place) -> bool:
     return _has_fact(place.value, _TOPIC_FACTS, f"{place.sentence} {place.question}")
 
 
-def _has_fact(value: Fraction | float, facts: list, text: str) -> bool:
-    return any(value in values and pattern.search(text) for values, pattern in facts)
+# What a thing is worth by convention: "a dime is 10 cents", "a flat stands for 100"
+_WORTHS = dict(
+    quarter=25, dime=10, nickel=5, penny=1, pennie=1, flat=100, rod=10, long=10, block=1000
+)
+_WORTH_BEFORE = re.compile(
+    rf"\b({'|'.join(_WORTHS)})s?\b(?: (?:is|are|as|counts?|stands|worth|each|for|a))* ?[(=:]? ?$",
+    re.I,
+)
+_POINTS_TO_TRY = re.compile(r"\b[a-z] ?= ?-?\d+ (?:or|and) (?:at )?[a-z] ?= ?-?$")
+_LATER_IGNORED = re.compile(r"[^.;]{0,30}[;,] (?:no \w+|nothing)(?: here)? (?:needs|uses)\b")
+
+
+def _is_convention(place: Place) -> bool:
+    """What a coin or a block is worth, a stem of the question's tens, "x = 1 or x = -1"."""
+    worth = _WORTH_BEFORE.search(place.clause_before)
+    if worth and _WORTHS[worth[1].casefold()] == place.value:
+        return True
+    if place.value in range(1, 10) and "stem" in place.sentence:
+        tens = f"{place.value}0|{place.value + 1}0"  # "below 70" asks for the stem 6
+        return re.search(rf"\b(?:{tens})\b", place.question) is not None
+    if place.value == 1 and _POINTS_TO_TRY.search(place.before):
+        return True
+    return _LATER_IGNORED.match(place.after) is not None
+
+
+def _has_fact(value: Fraction | float, facts: dict, text: str) -> bool:
+    return any(pattern.search(text) for pattern in facts.get(value, ()))
 
 
 def _is_conversion(place: Place) -> bool:
@@ -342,26 +395,47 @@ _ONE_OR = re.compile(r"\b(?:one|1|2)\b.*\bor $")
 _CONDITION = re.compile(r"\b(?:if|when|even|odd|always|any|every|each|whenever)\b", re.I)
 
 
+_MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
+
+
 def _is_small_count(place: Place) -> bool:
     """ "the two lines", "a square has four sides"; not "there are five bars", "7 squares wide"."""
+    if place.value == 2 and _MARKS_BEHIND.match(place.after):
+        return True
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
 
 
+_AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
+_OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
+
+
 def _is_count_of_gold(place: Place) -> bool:
     """The answer is a small number, and the hint counts what nobody asks for: "the two lines"."""
     noun = _NOUN_BEHIND.match(place.after)
+    before = place.clause_before
+    if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
+        return True
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False
-    before = place.clause_before
+    if place.value == 2 and _OF_TWO.search(before):
+        return True
     return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
+
+
+_NAMED_RESULT = re.compile(r"\bhere [A-Z]_?\{?\w*\}? ?= ?$")  # "here R_p = 2"
+_COUNTED_ALOUD = re.compile(
+    r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|are (?:on|in|at|left|shaded))\b"
+)
 
 
 def _is_count_of_others(place: Place) -> bool:
     """A count that is no answer. Two always passes; three may stand without a noun."""
     value, before = place.value, place.clause_before
-    if value == 2:
+    if _NAMED_RESULT.search(before) and not _CONDITION.search(place.clause):
+        return False
+    if value == 2 or before.endswith(" other "):
         return True
     if _GRID.match(place.after) or _GRID_BEFORE.search(before):
         return value <= 10
@@ -376,6 +450,8 @@ def _is_count_of_others(place: Place) -> bool:
         return False
     if _DEFINITE_BEFORE.search(before):
         return True
+    if not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
+        return False
     if _STATED_BEFORE.search(before):
         return value <= 4 and _CONDITION.search(place.clause) is not None
     return value <= 6
@@ -413,4 +489,22 @@ def _is_distractor(place: Place) -> bool:
     return not place.is_gold and _IGNORE.search(place.clause) is not None
 
 
-_RELIEFS = (_is_name, _is_in_formula, _is_fact, _is_small_count, _is_year, _is_distractor)
+# ---------------------------------------------------------------------------- general statements
+
+
+def _is_said_of_all(place: Place) -> bool:
+    """ "a hexagon has angles of 120 degrees", "remember that a dime is 10 cents", "not 100"."""
+    if place.is_gold or (place.number.decimals == 2 and place.unit and place.unit[0] == "money"):
+        return False  # "a coffee costs $3.25" is read off
+    return is_general(place.sentence_before, place.sentence)
+
+
+_RELIEFS = (
+    _is_name,
+    _is_in_formula,
+    _is_fact,
+    _is_small_count,
+    _is_year,
+    _is_distractor,
+    _is_said_of_all,
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from plumbing.answers import pick_option, split_unit, to_number, unboxed
+from plumbing.answers import DIGIT_OR_COMMAND, pick_option, split_unit, to_number, unboxed
 from plumbing.number_words import Number, normal, numbers
 
 LETTERS = "ABCDEFGH"
@@ -39,9 +39,17 @@ def has_word(word: str, text: str) -> bool:
         return False
     if word == "A":
         return _LETTER_A.search(text) is not None
-    return re.search(rf"\b{re.escape(word)}\b", text) is not None
+    # a pattern of each word would have to be compiled anew
+    start = text.find(word)
+    while start >= 0:
+        around = text[max(0, start - 1) : start], text[start + len(word) :][:1]
+        if not any(_WORD_SIGN.match(sign) for sign in around):
+            return True
+        start = text.find(word, start + 1)
+    return False
 
 
+_WORD_SIGN = re.compile(r"\w")
 _LETTER_A = re.compile(r"\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])")
 
 
@@ -190,6 +198,8 @@ _VARIABLE = re.compile(r"\b[a-z]\b", re.I)
 
 def part_value(part: str) -> Fraction | float | None:
     """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for others, as "12 x"."""
+    if part.isascii() and not DIGIT_OR_COMMAND.search(part) and "pi" not in part:
+        return None
     value = to_number(split_unit(part)[0])
     if value is not None:
         return value
@@ -247,7 +257,8 @@ _OPEN_CHOICE = re.compile(r"\b(?:or|whether|between|versus|vs)\b", re.I)
 _RANGE = re.compile(r"\b(?:to|through)\b|-")
 CHOSEN = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|leaves only|than|rather|instead|unlike|except|but not"
-    r"|must be|but|turns out|outweigh\w*|clearly|visibly|because)\b",
+    r"|must be|but|turns out|is ahead|comes first|followed by"
+    r"|outweigh\w*|clearly|visibly|because)\b",
     re.I,
 )
 
@@ -258,6 +269,8 @@ def _without_candidates(text: str, options: list[str], gold: int | None) -> str:
     "decide between red, blue and green" -> "decide between  ,   and  ". Enough are all options
     but one, two of them around "or", or the first and the last one as a range.
     """
+    if gold is not None:
+        text = _without_described(text, options)
     letters = LETTERS[: len(options) or 4] if gold is not None else ""
     for names in (_option_names(options), {name: place for place, name in enumerate(letters)}):
         if sum(name in text.casefold() or name in text for name in names) > 1:
@@ -269,6 +282,8 @@ def _option_names(options: list[str]) -> dict[str, int]:
     """What options may be called, and their places: their texts, without units, up to a colon."""
     names = {}
     for place, option in enumerate(options):
+        if _NO_CANDIDATE.search(option):
+            continue
         head, colon, _ = option.partition(": ")
         for name in (option, split_unit(option)[0], head if colon else option):
             if len(name) > 1 or name.isdigit():
@@ -295,3 +310,76 @@ def _blank_lists(text: str, names: dict[str, int]) -> str:
         if len(places) >= count - 1 or _OPEN_CHOICE.search(piece) or is_range:
             pieces[index] = named.sub(" ", piece)
     return "".join(pieces)
+
+
+_NO_CANDIDATE = re.compile(r"\b(?:both|neither|none|same|equal|cannot|all of)\b", re.I)
+# What a sentence has that speaks a verdict on a candidate
+_JUDGES = re.compile(
+    r"\b(?:rul\w+ out|cannot|can't|fails?|fits|matches|wrong|correct|here|pictured|agrees?"
+    r"|as in the|this|isn't|doesn't|nor|shown"
+    r"|dropped|too|ahead|behind|leads?|trails?|exceeds?|top|bottom"
+    r"|(?:tall|long|short|bigg|great|fast|slow|heavi|light|old|young)e(?:r|st)"
+    r"|first|followed|largest|smallest|most|least|higher|lower|more|less|fewer|out)\b",
+    re.I,
+)
+
+
+_OF_A_KIND = re.compile(r"\W*(?:an?|any|every) (?!.*\b(?:here|shown|so|because)\b)", re.I)
+
+
+def _without_described(text: str, options: list[str]) -> str:
+    """The text without the candidates, where it describes them all and judges none.
+
+    "Kite: two pairs of equal sides. Rhombus: four equal sides", "for plan B, check the minimum".
+    A candidate may go by a word that no other one has: "authentic" of "authentic cadence".
+    """
+    options = [option for option in options if not _NO_CANDIDATE.search(option)]
+    if len(options) < 2 or all(len(option) == 1 for option in options):
+        return text
+    lower = text.casefold()
+    words = [plain_words(option).split() for option in options]
+    called = []
+    for place, option in enumerate(options):
+        names = _names_of(option, place, words)
+        if not any(name.casefold() in lower for name in names):
+            return text
+        called.append(names)
+    exact = any(len(option) < 3 for option in options)
+    patterns = [
+        "|".join(rf"{re.escape(name)}s?" for name in sorted(names, key=len, reverse=True))
+        for names in called
+    ]
+    ignore_case = re.NOFLAG if exact else re.I
+    dress = r"(?<![A-Za-z\d.])(?:{})(?![A-Za-z\d]|\.\d)"
+    named = re.compile(dress.format("|".join(sorted(patterns, key=len, reverse=True))), ignore_case)
+    pieces = _END_OF_SENTENCE.split(text)
+    naming = [index for index, piece in enumerate(pieces) if named.search(piece)]
+    joined = ". ".join(pieces[index] for index in naming)
+    specific = ". ".join(pieces[index] for index in naming if not _OF_A_KIND.match(pieces[index]))
+    if CHOSEN.search(specific) or _JUDGES.search(specific):
+        return text
+    found = [name.casefold() for name in named.findall(joined)]
+    for names in called:
+        forms = {form for name in names for form in (name.casefold(), f"{name.casefold()}s")}
+        if forms.isdisjoint(found):
+            return text
+    for index in naming:
+        pieces[index] = named.sub(" ", pieces[index])
+    return "".join(pieces)
+
+
+def _names_of(option: str, place: int, words: list[list[str]]) -> list[str]:
+    """The option's text and the words that only it has; a number is no candidate here.
+
+    words: those of each option.
+    """
+    if option[:1] in _NUMBER_BEGINS:
+        return []
+    names = [option] if len(option) > 1 or option.isupper() else []
+    if len(words) > 2:
+        others = {word for other in words[:place] + words[place + 1 :] for word in other}
+        names += [word for word in words[place] if word not in others and len(word) > 2]
+    return names
+
+
+_NUMBER_BEGINS = set("0123456789-+.$€£\\")

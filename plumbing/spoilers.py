@@ -13,10 +13,10 @@ import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 from plumbing.answers import ARTICLES, DIGIT_OR_COMMAND, YES_OR_NO, split_unit, to_number
-from plumbing.innocent_numbers import is_innocent, place_of, unit_of, units_in
+from plumbing.innocent_numbers import Place, is_innocent, unit_of, units_in
 from plumbing.number_words import Number
 from plumbing.spoiler_case import (
     CHOSEN,
@@ -31,6 +31,14 @@ from plumbing.spoiler_case import (
     read_case,
     sentences,
     whole_numbers,
+)
+from plumbing.verdicts import (
+    COMMON_WORDS,
+    UNDECIDED,
+    decides_between_two,
+    excludes_one_by_one,
+    says_equal,
+    says_yes_or_no,
 )
 
 
@@ -58,6 +66,18 @@ _ANSWER_IS = re.compile(
     re.I,
 )
 _ANSWER_WORDS = ("answer", "solution", "option", "choice")
+# "the answer is an amount of money", "the answer is the figure that disagrees with the others"
+_IS_OF_KIND = re.compile(
+    r"\banswer (?:is|must be|should be) (?:"
+    r"an? (?:whole |single |simple |positive |mixed )?"
+    r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
+    r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
+    r"|month|day|place|volume|distance|speed|interval|expression)\b(?! (?:near|close|that|which))"
+    r"|the (?:figure|one|item|name|option|value|number|word) (?:that|which|whose)\b"
+    r"(?=.*\b(?:others|all|asked|same|remains)\b))",
+    re.I,
+)
+_ANY_DIGIT = re.compile(r"\d")
 _DEPENDS = re.compile(r"\b(?:if|whether|unless|otherwise|when|depending)\b", re.I)
 
 
@@ -66,6 +86,8 @@ def _names_answer(case: Case) -> Iterator[str]:
     if not any(word in case.words for word in _ANSWER_WORDS):
         return
     for sentence in case.sentences:
+        if _IS_OF_KIND.search(sentence) and not _ANY_DIGIT.search(sentence):
+            continue
         if _ANSWER_IS.search(sentence) and not _DEPENDS.search(sentence):
             yield "names the answer"
 
@@ -82,7 +104,7 @@ def _states_number(case: Case) -> Iterator[str]:
         gold = _gold_of(number, case)
         if not gold and _combines_known(number, case):
             continue
-        if is_innocent(place_of(number, case.text, question, gold is not None)):
+        if is_innocent(Place(number, case.text, question, gold is not None)):
             continue
         yield (
             f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"
@@ -183,6 +205,7 @@ _TERM = r"\(?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\\sqrt ?\{?\d+\}?)(?: ?%)?(?:\^\{?\d\}?
 _WORKED = re.compile(
     rf"(?<![\d.,]){_TERM}(?: ?(?:[-+*/:^x]|times|plus|minus|divided by|over) ?{_TERM})+"
 )
+_GOES_ON_IN_LETTERS = re.compile(r"(?<=/\d) ?(?:bh|gh|ab|ah|lw|mv)\b")  # "1/2 bh" is a formula
 _DEGREES = re.compile(r" ?(?:°|\^\{?\\circ\}?|degrees?\b)")
 _OPERATORS = {"times": "*", "x": "*", "plus": "+", "minus": "-", "divided by": "/", "over": "/"}
 
@@ -193,7 +216,7 @@ def _works_out(case: Case) -> Iterator[str]:
         return
     for match in _WORKED.finditer(_DEGREES.sub("", case.text)):
         expression = match[0]
-        if expression in case.stem:
+        if expression in case.stem or _GOES_ON_IN_LETTERS.search(case.text, match.end()):
             continue
         for word, sign in _OPERATORS.items():
             expression = expression.replace(word, sign)
@@ -304,7 +327,11 @@ def _letter_marks(letter: str) -> tuple[re.Pattern, re.Pattern]:
         r"(?:is|fits|must be|remains|matches|satisfies|shows|works|completes|agrees|continues)"
         r" (?:the )?(?:best|right|correct|true|only|one|answer|option|choice|pattern|match)"
     )
-    listed = rf"(?:^|\s)[\"']?(?-i:{letter})[\"']?(?:\)|\.(?=\s[A-Z]|$)| {verdict})"
+    # "the angle at B." ends a sentence with a name
+    listed = (
+        rf"(?:^|\s)[\"']?(?-i:{letter})[\"']?(?:\)|(?<!at {letter})(?<!and {letter})"
+        rf"\.(?=\s[A-Z]|$)| {verdict})"
+    )
     small = rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])"
     ignore_case = re.NOFLAG if letter in _WORDS_OF_ONE_LETTER else re.I
     return re.compile(rf"{bracketed}|{named}|{listed}", ignore_case), re.compile(small)
@@ -321,7 +348,7 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
         return False
     asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
     are_options = bool(case.options) and not case.answer
-    labels = (_POINTS if are_options else _POINTS | _LABELS) - asked
+    labels = (_POINTS if are_options else _POINTS | _LABELS | {"at", "and"}) - asked
     for match in _LONE_CAPITAL.finditer(case.text):
         before = _WORD_BEFORE.search(case.text[max(0, match.start() - 20) : match.start()])
         is_name = before and before[1].casefold().rstrip("s") in labels
@@ -339,15 +366,21 @@ _PLACE_NAMES = [
         rf"\b{_ORDINAL} (?:one |place )?(?:of|in|among) (?:the )?(?:\w+ ){{0,3}}{_LIST}\b",
         rf"\b{_LIST} (?:number |no\.? ?)?(?P<ordinal>\d)\b",
         rf"\b(?:listed|comes|stands|printed) {_ORDINAL}\b",
-        rf"\b{_ORDINAL} in the list\b",
+        rf"\b{_ORDINAL} (?:one |entry )?(?:in|on) the list\b",
+        rf"\b{_ORDINAL} of (?:those|the ones) listed\b",
+        rf"\bonly the {_ORDINAL} one\b",
         rf"\b{_LIST}\b.*\bthe {_ORDINAL}(?! [a-z])",
     )
 ]
 _PLACED_THING = re.compile(rf"\b{_ORDINAL} (?P<noun>[a-z]+)", re.I)
+_AGREES = re.compile(
+    rf"\b{_ORDINAL} (?:claim|statement|sentence) (?:agrees|holds|is true|is right|is correct)\b",
+    re.I,
+)
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
 _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
 _NEIGHBOUR = re.compile(
-    r"\b(?:after|before|above|below|between|next to)\b.*\b(?:the|list of) (?:options|choices)\b"
+    r"\b(?:after|before|above|below|between|next to)\b[^,;]*\b(?:the|list of) (?:options|choices)\b"
 )
 
 
@@ -361,13 +394,30 @@ def _names_place(case: Case) -> Iterator[str]:
             continue
         if _NEIGHBOUR.search(sentence):
             yield f"names the option's place: {case.letter}"
+        if _leaves_one_place(sentence, case):
+            yield f"names the option's place: {case.letter}"
         if len(_ANY_ORDINAL.findall(sentence)) > 1:
             continue
         matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
         things = _PLACED_THING.finditer(sentence)
         matches += [match for match in things if match["noun"].casefold() in asked]
+        if case.options and "statement" in case.stem_words:
+            matches += list(_AGREES.finditer(sentence))
         if any(_is_gold_place(match["ordinal"].casefold(), case) for match in matches):
             yield f"names the option's place: {case.letter}"
+
+
+_RUN = re.compile(rf"\b(first|last) (\d) {_LIST}", re.I)
+_IN_MIDDLE = re.compile(rf"\bin the middle of the (?:answer|option|choice)|\bmiddle {_LIST}", re.I)
+
+
+def _leaves_one_place(sentence: str, case: Case) -> bool:
+    """ "the first three candidates fail" of four; "the one in the middle of the answer row"."""
+    last = len(case.options) - 1
+    run = _RUN.search(sentence)
+    if run and int(run[2]) == last and _OUT.search(sentence):
+        return case.place == (last if run[1].casefold() == "first" else 0)
+    return last % 2 == 0 and case.place == last // 2 and bool(_IN_MIDDLE.search(sentence))
 
 
 def _is_gold_place(ordinal: str, case: Case) -> bool:
@@ -385,6 +435,8 @@ _OUT = re.compile(
 )
 
 
+# "a dilation changes lengths, a translation keeps directions" tells no picture
+_OF_A_KIND = re.compile(r"\W*(?:an?|any|every) ", re.I)
 _LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
 
 
@@ -398,11 +450,19 @@ def _excludes_others(case: Case) -> Iterator[str]:
     letters = list(LETTERS[: len(case.options) or 4])
     are_options = not case.answer and not _CAPITALS.search(case.stem)
     gold = plain_words(case.answer).strip()
+    others = [letter for letter in letters if letter != case.letter]
+    by_letter = all(letter in case.full for letter in others)
+    full_words = plain_words(case.full)
+    by_words = gold and all(name in full_words for name in case.other_options)
+    if not (by_letter or by_words):
+        return
     for sentence in sentences(case.full):
         if _LISTED_TO_CHOOSE.search(sentence):
             continue
-        others = [letter for letter in letters if letter != case.letter]
-        if (are_options or _OUT.search(sentence)) and _only(others, case.letter, sentence):
+        is_out = _OUT.search(sentence)
+        if not is_out and (_OF_A_KIND.match(sentence) or gold.isdecimal()):
+            continue
+        if (are_options or is_out) and _only(others, case.letter, sentence):
             yield "excludes all other options"
         if gold and case.options and _only(case.other_options, gold, plain_words(sentence)):
             yield "excludes all other options"
@@ -418,6 +478,9 @@ def _only(others: list[str], gold: str, sentence: str) -> bool:
 _EXPRESSION_DRESS = re.compile(r"[\s{}\\*_]|(?:cdot|times)")
 
 
+_IS_PI = re.compile(r"(?:=|is|equals|exactly|length)pi(?![a-z/])")
+
+
 def _holds_expression(case: Case) -> Iterator[str]:
     r"""The hint has the expression, and the question has not: "3 x + 1" for 3x+1.
 
@@ -430,6 +493,8 @@ def _holds_expression(case: Case) -> Iterator[str]:
     text, stem = (_EXPRESSION_DRESS.sub("", side).casefold() for side in (case.text, case.stem))
     for part in parts:
         bare = _EXPRESSION_DRESS.sub("", part).casefold()
+        if bare == "pi" and not _IS_PI.search(text):
+            continue
         if bare in text and bare not in stem:
             yield f"holds the answer's expression: {part}"
 
@@ -445,13 +510,21 @@ _SIGN_NAMES = {"<": "<", ">": ">", "<=": "le", "\\le": "le", "\\leq": "le"}
 _SIGN_NAMES |= {">=": "ge", "\\ge": "ge", "\\geq": "ge"}
 
 
+_MINUS = re.compile(r"\bminus (one\b|\d+)")
+
+
 def _says_relation(case: Case) -> Iterator[str]:
     """An inequality in words: "at least -3" for x >= -3."""
     relation = _RELATION.fullmatch(case.answer)
     if not relation:
         return
     words = _RELATION_WORDS[_SIGN_NAMES[relation[1]]]
-    if _is_new(rf"\b(?:{words}) {re.escape(relation[2])}(?!\d)", case):
+    bound = re.escape(relation[2])
+    sign = _RELATION_WORDS[_SIGN_NAMES[relation[1]]].split("|")[0].split(")")[0].removeprefix("(?:")
+    after = rf"|{bound} or (?:anything )?(?:{sign}|larger|more|up)\b" if ">" in relation[1] else ""
+    text = _MINUS.sub(lambda match: "-1" if match[1] == "one" else f"-{match[1]}", case.text)
+    said = re.compile(rf"\b(?:{words}) {bound}(?!\d){after}")
+    if said.search(text) and not said.search(case.stem):
         yield f"says the answer's expression: {case.answer}"
 
 
@@ -475,110 +548,8 @@ def _says_line(case: Case) -> Iterator[str]:
             yield f"says the answer's expression: {case.answer}"
 
 
-# ---------------------------------------------------------------------------------- yes or no
-
-_CLAIM = (
-    r"\b(?:claim|statement|condition|assertion|sentence|description|equation|criterion|rule"
-    r"|requirement|test|hypothesis|proposition|inequality|answer|reply|converse)s?\b"
-)
-_JUDGED = re.compile(
-    rf"""
-    {_CLAIM} [\w ]{{0,30}}?
-      \b(?: (?:does|do|did) [ ] (?:not[ ])? (?:hold|fit|match|apply|agree)
-        | holds | fails?
-        | (?:is|are|was|turns[ ]out|proves|must[ ]be|in) [ ]
-          (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
-          (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
-            | incorrect | supported | confirmed | refuted | negative | affirmative | valid
-            | invalid | justified | broken
-          )
-      )\b
-    | \bno [ ] [a-z]+ [ ] (?: works | fits | exists | is [ ] possible | can [ ] be [ ] found )\b
-    | \b(?:contradict|confirm|support|refute|disprove|prove|back|violate)s? [ ]
-      (?:the|this|that) [ ] {_CLAIM}
-    """,
-    re.VERBOSE | re.I,
-)
-_UNDECIDED = re.compile(
-    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|makes? the"
-    r"|must|compare|see|judge|ask)\b",
-    re.I,
-)
-
-
-# "if it is, the claim is right, otherwise it is not"
-_BOTH_WAYS = re.compile(r"\bif\b.*\b(?:if|otherwise|or else)\b", re.I)
-
-
-def _says_yes_or_no(case: Case) -> Iterator[str]:
-    """Yes or no is said, the claim is judged, or the question comes back as a statement.
-
-    Examples: "so yes", "the claim does not hold", "so it is not a right triangle".
-    """
-    word = plain_words(case.answer).strip()
-    if word not in YES_OR_NO:
-        return
-    asked = [word for word in case.stem_words.split() if word not in _COMMON_WORDS]
-    text = ". ".join(sentence for sentence in case.sentences if not _BOTH_WAYS.search(sentence))
-    for clause in END_OF_CLAUSE.split(text):
-        if _UNDECIDED.search(clause):
-            continue
-        if _said(word).search(clause.casefold().strip()):
-            yield f"says the answer: {case.answer}"
-        if _JUDGED.search(clause) or _states(clause.casefold(), asked):
-            yield f"judges the claim: {case.answer}"
-
-
-@cache
-def _said(word: str) -> re.Pattern:
-    """A pattern: a clause ends on the word, or gives a reason for it: "so yes", "true, as"."""
-    return re.compile(
-        rf"""
-        (?: ^ | \b(?: is | are | say | says | it's | answer | mark | therefore | so
-                    | statement | claim )[ ] )
-        {word}
-        (?: $ | [ ](?:because|since|as)\b )
-        """,
-        re.VERBOSE,
-    )
-
-
-_CONCLUDES = re.compile(
-    r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b.*"
-    r"\b(?:is|are|was|were|does|do|did|has|have|can|will)\b"
-)
-_COMPARES = re.compile(r"\b(?:is|are|was|were|has|have)\b.* than\b")
-_PREDICATE = re.compile(r"\b(?:is|are|was|were) (?:not |really |also )?(?:an? |the )?([a-z]+)")
-_DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
-_OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
-
-
-def _states(clause: str, asked: list[str]) -> bool:
-    """The clause states what the question asks. asked: the question's words, common ones left out.
-
-    It draws a conclusion about them, compares them, or says one of them of something.
-    """
-    words = set(plain_words(clause).split())
-    shared = len(words.intersection(asked))
-    if shared == 0:
-        return False
-    if "indeed" in words or _CONCLUDES.search(clause):
-        return True
-    if shared >= 3 and _COMPARES.search(clause):
-        return True
-    if shared < 2 or _OF_ANY.search(clause):
-        return False
-    return any(word in asked and word not in _DRAWN for word in _PREDICATE.findall(clause))
-
-
 # -------------------------------------------------------------------------------------- words
 
-_COMMON = """
-    a an the of in on at to for from by with and or is are was were be it its this that these those
-    has have had not no than as more most less least does do did will can may which who whose what
-    when where how all only both each other into their they there between same one
-"""
-_COMMON_WORDS = set(_COMMON.split())
 _HINT_TALK = """
     left right upper lower top bottom middle centre center front back number value amount total kind
     type line point side picture figure axis table graph chart bar label part area answer such
@@ -621,7 +592,7 @@ def _chooses(words: str, case: Case) -> bool:
         return True
     verdict = re.compile(rf"\b{name}\b(?: \w+){{0,2}} {_VERDICT}\b")
     for clause in END_OF_CLAUSE.split(case.text.casefold()):
-        match = None if _UNDECIDED.search(clause) else verdict.search(clause)
+        match = None if UNDECIDED.search(clause) else verdict.search(clause)
         if match and (match["comparison"] or "") in case.stem_words:
             return True
     return False
@@ -644,7 +615,7 @@ def _word_of_answer(case: Case) -> Iterator[str]:
     if not case.options and (len(answer) > 3 or DIGIT_OR_COMMAND.search(case.answer)):
         return
     others = " ".join(case.other_options)
-    taken = _COMMON_WORDS if case.options else _COMMON_WORDS | _HINT_TALK
+    taken = COMMON_WORDS if case.options else COMMON_WORDS | _HINT_TALK
     for word in dict.fromkeys(answer):
         if word in taken or word in YES_OR_NO or len(word) < 3 or not word.isalpha():
             continue
@@ -656,13 +627,16 @@ def _word_of_answer(case: Case) -> Iterator[str]:
 
 def _lists(sentence: str, others: str) -> bool:
     """The sentence has words of other options too and chooses none."""
-    words = set(plain_words(sentence).split()) - _COMMON_WORDS
+    words = set(plain_words(sentence).split()) - COMMON_WORDS
     return not words.isdisjoint(others.split()) and CHOSEN.search(sentence) is None
 
 
 def _holds_form(words: str, text: str) -> bool:
     """The text has the words in some form. All forms start with the same three letters."""
-    return words[:3] in text and re.search(_word_forms(words), text) is not None
+    # no form changes more than the last three letters
+    if words[:3] not in text or (words[: len(words) - 3] not in text and not _is_cut(words)):
+        return False
+    return _form_pattern(words).search(text) is not None
 
 
 def _with_form(words: str, case: Case) -> list[str]:
@@ -677,6 +651,16 @@ _MONTHS_AND_DAYS = """
 """
 
 
+def _is_cut(words: str) -> bool:
+    """Months and days may be cut to three letters."""
+    return words in _MONTHS_AND_DAYS.split()
+
+
+@lru_cache(maxsize=4096)
+def _form_pattern(words: str) -> re.Pattern:
+    return re.compile(_word_forms(words))
+
+
 def _word_forms(words: str) -> str:
     """A pattern of the words in other forms: pears as pear, circle as circular, blue as bluish.
 
@@ -686,7 +670,7 @@ def _word_forms(words: str) -> str:
     if len(words) >= 5 and words[-1] == "s" and words[-2] != "s":
         words = words[:-1]
     form = re.escape(words)
-    if words in _MONTHS_AND_DAYS.split():
+    if _is_cut(words):
         return rf"\b(?:{form}|{words[:3]}\b)"
     if not words.isascii():
         return form
@@ -694,11 +678,16 @@ def _word_forms(words: str) -> str:
         return rf"\b{form}(?:'?s|er|ed|ing|ish|ly|y|ness)?\b"
     if form.endswith("le"):
         form = form[:-2] + "(?:le|ul)"
+    elif form.endswith(("ism", "ent")) and len(words) >= 6:
+        form = form[:-1] + ("[mt]" if form.endswith("m") else "[tc]")
+    elif form.endswith("ia"):
+        form = form[:-1]
     elif form.endswith("e"):
         form = form[:-1] + "(?:e|ish|ing)"
     return form if len(words) >= 6 else r"\b" + form
 
 
+_COMPASS = re.compile(r"(north|south)[ -]?(east|west)")
 _NO_LETTER = re.compile(r"\W")
 _GAP = r"[\s.\-_*|]"
 _GAPS = re.compile(_GAP)
@@ -712,6 +701,11 @@ def _spells_text(words: str, text: str) -> bool:
     anywhere, from eight letters on an "and" too: "south and west". Fewer than three letters cannot
     be spelled.
     """
+    compass = _COMPASS.fullmatch(words)
+    if compass and re.search(
+        rf"\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b", text
+    ):
+        return True
     letters = _NO_LETTER.sub("", words)
     if len(letters) < 3:
         return False
@@ -743,6 +737,60 @@ def _says_beginning(case: Case) -> Iterator[str]:
             yield f"spells the answer's text: {case.answer}"
 
 
+_ABBREVIATED = {"S": "side", "A": "angle", "H": "hypotenuse", "L": "leg"}
+_FORMULAS = {"oxygen": "O2", "hydrogen": "H2", "nitrogen": "N2", "chlorine": "Cl2"}
+_FORMULAS |= {"carbon dioxide": "CO2", "water": "H2O", "ammonia": "NH3", "methane": "CH4"}
+
+
+def _says_otherwise(case: Case) -> Iterator[str]:
+    """ "angle-side-angle" for ASA, "O2" for oxygen."""
+    spelled = [_ABBREVIATED.get(letter, "") for letter in case.answer]
+    if len(spelled) > 1 and all(spelled) and _is_new(rf"(?i)\b{'[- ]'.join(spelled)}\b", case):
+        yield f"says the answer otherwise: {case.answer}"
+    formula = _FORMULAS.get(case.answer.casefold())
+    if formula and _is_new(rf"(?<![A-Za-z\d]){formula}(?![A-Za-z\d])", case):
+        yield f"says the answer otherwise: {case.answer}"
+
+
+_SHARE = re.compile(r"\b(one|1|\d+)(?: [a-z]+)? (?:out )?of (?:the )?(\d+)\b", re.I)
+_GROWTH = re.compile(r"\b(?:by|exactly) a (third|quarter|fifth|tenth)\b", re.I)
+_PARTS_OF_ONE = {"third": 3, "quarter": 4, "fifth": 5, "tenth": 10}
+
+
+def _says_share(case: Case) -> Iterator[str]:
+    """ "one box out of four" for 1/4, "exceeds it by exactly a quarter" for 25 %."""
+    if not any(form < 1 for gold in case.golds for form in gold.forms):
+        return
+    said = {Fraction(1, _PARTS_OF_ONE[word.casefold()]) for word in _GROWTH.findall(case.text)}
+    for top, bottom in _SHARE.findall(case.text):
+        if int(bottom[:9]) and f"of {bottom}" not in case.stem:
+            said.add(Fraction(1 if top.casefold() == "one" else int(top[:9]), int(bottom[:9])))
+    for gold in case.golds:
+        if said.intersection(gold.forms):
+            yield f"says the share: {gold.part}"
+
+
+_SIGN_SAID = {
+    "negative": re.compile(
+        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis (?:less than|below) 0\b|"
+        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis less than zero\b",
+        re.I,
+    ),
+    ">": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:greater|larger|more) than", re.I),
+    "<": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:less|smaller) than", re.I),
+}
+
+
+def _says_sign(case: Case) -> Iterator[str]:
+    """ "so a is less than zero" for negative, "the first is greater than the second" for ">"."""
+    said = _SIGN_SAID.get(case.answer)
+    if said is None:
+        return
+    for sentence in case.sentences:
+        if not UNDECIDED.search(sentence) and said.search(sentence):
+            yield f"says the sign: {case.answer}"
+
+
 _RULES = (
     _names_answer,
     _states_number,
@@ -757,7 +805,13 @@ _RULES = (
     _holds_expression,
     _says_relation,
     _says_line,
-    _says_yes_or_no,
+    _says_otherwise,
+    _says_share,
+    _says_sign,
+    says_yes_or_no,
+    decides_between_two,
+    excludes_one_by_one,
+    says_equal,
     _holds_words,
     _word_of_answer,
     _says_beginning,

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import pytest
 from conftest import ROOT, read_jsonl
 
 from hints import Hint
@@ -20,7 +21,6 @@ def labelled():
 
 # What no rule sees, and what one sees that is none, by the first words of the hint.
 KNOWN_FAULTS = {
-    "the 12 edges of the cube",  # "four at the top" of any cube, no count of this one
     "the 6 by 6 table of sums",  # "(1, 6)" is an example
     "two red edges at the top",  # small counts, to be added up
     "the left pan is lower",  # "greater than" for a lone sign
@@ -58,7 +58,7 @@ def test_labelled_spoilers(capsys):
 
 
 def test_fresh_hints():
-    """660 hints by two writers who did not know the rules; the rules were mended on all of them."""
+    """Hints by writers who did not know the rules, which were mended on all but the sixth part."""
     rejected = Counter()
     cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
     for case in cases:
@@ -67,10 +67,94 @@ def test_fresh_hints():
         kind = "honest"
         if case["leak"]:
             kind = "lexical leak" if case["lexical"] else "other leak"
+        if case["part"] == "sixth":
+            kind = f"new {kind}"
         rejected[kind, bool(reasons)] += 1
-    assert rejected.total() == 660
-    assert rejected["lexical leak", True] >= 0.9 * 238
-    assert rejected["honest", True] <= 0.02 * 361
+    assert rejected.total() == 1692
+    assert rejected["lexical leak", True] >= 0.89 * 430
+    assert rejected["honest", True] <= 0.015 * 883
+    assert rejected["new lexical leak", True] >= 0.7 * 108
+    assert rejected["new honest", True] <= 0.12 * 140
+
+
+# One sentence for each class: question, answer, options, hint.
+HONEST = [
+    (
+        "Which kind of rock is it?",
+        "sedimentary",
+        ["igneous", "sedimentary", "metamorphic"],
+        "igneous rock cools from magma. Sedimentary rock is pressed. Metamorphic rock is changed",
+    ),
+    (
+        "Which shop is the cheapest?",
+        "Shop C",
+        ["Shop A", "Shop B", "Shop C"],
+        "shop A sells by weight; for shop B, multiply by the number of bags; shop C takes a fee",
+    ),
+    (
+        "What maps P to Q?",
+        "rotation",
+        ["translation", "rotation", "reflection"],
+        "a translation slides and a reflection flips a figure",
+    ),
+    ("How long is it?", "45", None, "the answer is a number of minutes, not of hours"),
+    ("Which process is arrow number 3?", "red", None, "ignore arrows 1, 2 and 4"),
+    ("How much money is it?", "91", None, "count the pennies (1 cent) and quarters (25 cents)"),
+    ("What do the blocks show?", "243", None, "a rod is worth 10, a flat stands for 100"),
+    ("Find the angle.", "105", None, "the minute hand moves 6 degrees per minute"),
+    ("Find x.", "7", None, "in a 45-45-90 triangle the hypotenuse is a leg times \\sqrt{2}"),
+    ("Is a + b + c > 0?", "B", None, "look at x = 1 and at x = -1"),
+    ("Is the claim true?", "No", ["Yes", "No"], "if so, the statement holds; if not, it fails"),
+    ("Find the area.", "1/2", None, "use the formula 1/2 bh with the base on the axis"),
+    ("Find v.", "3", None, "the intercept equals 1/V_{max}, the other one -1/K_m"),
+    ("Find the period.", "\\pi", None, "in general the period is 2\\pi/|B|"),
+    ("Which digit is T?", "1", None, "with a carry no column can exceed 19"),
+    ("Which bone is next to B?", "47", ["37", "47"], "what remains is the angle at B."),
+    ("Find x.", "2", None, "multiply the two segments of AB and the two of CD"),
+]
+LEAKS = [
+    ("Who leads?", "Bea", ["Ann", "Bea", "Cid"], "Bea is ahead of Ann, and Cid trails"),
+    (
+        "Which kind of rock is it?",
+        "sedimentary",
+        ["igneous", "sedimentary", "metamorphic"],
+        "igneous rock would show crystals, metamorphic rock bands. The layers here are sedimentary",
+    ),
+    ("Which house is it?", "B", None, "the answer is the house that has the red roof"),
+    ("How much money is it?", "95", None, "the quarters make 75 cents"),
+    ("Which inequality is it?", "x \\geq -2", None, "x is at least minus two"),
+    ("How probable is red?", "1/6", None, "one of the six faces is red"),
+    ("By how many percent?", "20%", None, "it rose by a fifth"),
+    ("Which criterion?", "SSS", ["SSS", "SAS"], "it is the side-side-side criterion"),
+    ("Which gas?", "oxygen", ["oxygen", "hydrogen"], "it feeds the flame, so O2 escapes"),
+    ("Which net?", "D", ["A", "B", "C", "D"], "only the last one in the list folds"),
+    ("Which net?", "D", ["A", "B", "C", "D"], "the first three candidates fail"),
+    ("Which net?", "B", ["A", "B", "C"], "take the one in the middle of the answer row"),
+    ("Which way?", "southwest", ["north", "southwest"], "it is to the south and to the west"),
+    ("Which movement?", "Cubism", ["Cubism", "Realism"], "it is by a cubist"),
+    ("Find the resistance.", "9", None, "here R = 2, then add the rest"),
+    ("How many children?", "7", None, "four boys sit on the bench; add the girls"),
+    ("What is the bill?", "$9.75", None, "a tea costs $2.25"),
+    ("What is the sign of a?", "negative", None, "so a is less than zero"),
+    ("Compare.", ">", [">", "<", "="], "the first fraction is greater than the second"),
+    (
+        "Which type?",
+        "cubic",
+        ["linear", "quadratic", "cubic"],
+        "linear is out; the quadratic one can be dropped",
+    ),
+    ("Which of the statements is true?", "C", ["a b", "c d", "e f"], "the third claim agrees"),
+]
+
+
+@pytest.mark.parametrize(("question", "answer", "choices", "text"), HONEST)
+def test_an_honest_sentence_passes(question, answer, choices, text):
+    assert find_spoilers(text, question, answer, choices) == []
+
+
+@pytest.mark.parametrize(("question", "answer", "choices", "text"), LEAKS)
+def test_a_leak_in_other_words_is_found(question, answer, choices, text):
+    assert find_spoilers(text, question, answer, choices)
 
 
 def test_no_good_hint_of_the_worked_solutions_is_refused():
