@@ -3,12 +3,14 @@
 A puzzle is a picture of 112x112 pixels: 4x4 cells of 28 pixels. A Qwen2-VL with patches of 14
 pixels turns each cell into one visual token after merging. A cell holds a gem, the star, the ring
 or nothing. A red gem is worth 1 point, a green one 2, a blue one 3, and it shows its points as
-pips. Each picture has one star and one ring. There are three families of questions:
+pips. Each picture has one star and one ring. There are four families of questions:
 
     row     How many points are in the star row?      Find the star, then read its row.
     column  How many points are in the ring column?   Find the ring, then read its column.
     cross   How many points are in the star row plus the ring column?
             Find both, read both, and keep one running sum.
+    next    How many points are in the row next to the star row?
+            It is the row below. Only the reward says so: the hint names the row above, too.
 
 The hint names the row or column, what to ignore and how to go on. It holds no number, so it cannot
 hold the answer.
@@ -37,7 +39,7 @@ from rollout import Question
 from toy import gems
 from toy.splits import seed_of
 
-FAMILIES = ("row", "column", "cross")
+FAMILIES = ("row", "column", "cross", "next")
 ROWS = ("top", "upper", "lower", "bottom")
 COLUMNS = ("leftmost", "left", "right", "rightmost")
 POINTS = {"red": 1, "green": 2, "blue": 3, "none": 0, "star": 0, "ring": 0}
@@ -72,7 +74,30 @@ class Puzzle:
     def lines(self) -> list[Line]:
         """The lines that the question is about, in the order of reading."""
         row, column = ("row", self.row), ("column", self.column)
-        return {"row": [row], "column": [column], "cross": [row, column]}[self.family]
+        below = ("row", self.row + 1)
+        lines = {"row": [row], "column": [column], "cross": [row, column], "next": [below]}
+        return lines[self.family]
+
+    @property
+    def candidates(self) -> list[list[Line]]:
+        """Per line of the question, what the hint names: the line, or, of "next", both rows."""
+        if self.family == "next":
+            return [[("row", self.row - 1), ("row", self.row + 1)]]
+        return [[line] for line in self.lines]
+
+    @property
+    def distractors(self) -> list[Line]:
+        """Per line of the question, a line that is easily taken for it.
+
+        It is the line through the other mark; for "next" it is the star row itself.
+        """
+        if self.family == "next":
+            return [("row", self.row)]
+        other = {
+            "row": ("row", mark_place(self.cells, "ring")[0]),
+            "column": ("column", mark_place(self.cells, "star")[1]),
+        }
+        return [other[kind] for kind, _ in self.lines]
 
     @property
     def answer(self) -> int:
@@ -91,6 +116,12 @@ def line_cells(cells, line: Line) -> list[str]:
 def line_points(cells, line: Line) -> int:
     """The points in one row or column."""
     return sum(POINTS[cell] for cell in line_cells(cells, line))
+
+
+def mark_place(cells, mark: str) -> tuple[int, int]:
+    """The row and the column of the star or the ring."""
+    [row] = [index for index, row in enumerate(cells) if mark in row]
+    return row, cells[row].index(mark)
 
 
 def line_name(line: Line) -> str:
@@ -118,19 +149,22 @@ def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 
     seed = seed_of(split, index)
     # A text seed is hashed by SHA-512, so the draws are the same in all versions of Python.
     rng = random.Random(f"puzzle-{seed}")
-    drawn_family = FAMILIES[rng.randrange(len(FAMILIES))]
-    cells, star_row, ring_column = _draw_cells(rng)
+    family = family or FAMILIES[rng.randrange(len(FAMILIES))]
+    cells = _draw_cells(rng, family)
     # The fog has its own random stream: it changes nothing else of the puzzle.
     foggy = random.Random(f"fog-{seed}").random() < fog
-    return Puzzle(seed, family or drawn_family, cells, star_row, ring_column, foggy)
+    star_row, ring_column = mark_place(cells, "star")[0], mark_place(cells, "ring")[1]
+    return Puzzle(seed, family, cells, star_row, ring_column, foggy)
 
 
-def _draw_cells(rng: random.Random) -> tuple[tuple, int, int]:
-    """A random grid: -> cells, the row of the star, the column of the ring.
+def _draw_cells(rng: random.Random, family: str) -> tuple:
+    """A random grid.
 
-    The star and the ring never share a row or a column.
+    The star and the ring never share a row or a column. For "next" the star has a row above and a
+    row below.
     """
-    star_row, star_column = rng.randrange(GRID), rng.randrange(GRID)
+    rows = range(1, GRID - 1) if family == "next" else range(GRID)
+    star_row, star_column = rng.choice(rows), rng.randrange(GRID)
     ring_row = rng.choice([row for row in range(GRID) if row != star_row])
     ring_column = rng.choice([column for column in range(GRID) if column != star_column])
     cells = [["none"] * GRID for _ in range(GRID)]
@@ -141,7 +175,7 @@ def _draw_cells(rng: random.Random) -> tuple[tuple, int, int]:
     # Between 6 and 14 gems: with few and with many of them, the answers spread out.
     for row, column in rng.sample(free, rng.randint(6, 14)):
         cells[row][column] = rng.choice(("red", "green", "blue"))
-    return tuple(map(tuple, cells)), star_row, ring_column
+    return tuple(map(tuple, cells))
 
 
 # ------------------------------------------------------------------------------------ the texts
@@ -151,19 +185,25 @@ def question_text(puzzle: Puzzle) -> str:
         "row": "the star row",
         "column": "the ring column",
         "cross": "the star row plus the ring column",
+        "next": "the row next to the star row",
     }[puzzle.family]
     return f"How many points are in {lines}?"
 
 
 def hint(puzzle: Puzzle) -> Hint:
-    """Where to look, what to ignore and how to go on. No number and no gem is named."""
-    look = [line_name(line) for line in puzzle.lines]
-    ignore = {
-        "row": ["the ring", "every other row"],
-        "column": ["the star", "every other column"],
-        "cross": ["every other row and column"],
-    }[puzzle.family]
-    return Hint(look=look, ignore=ignore, steps=["name each cell", "add its points to the sum"])
+    """Where to look, what to ignore and how to go on. No number and no gem is named.
+
+    Of "next" the hint names two rows, in random order: it narrows the choice and does not make it.
+    """
+    look = []
+    for lines in puzzle.candidates:
+        names = [line_name(line) for line in lines]
+        random.Random(f"hint-{puzzle.seed}").shuffle(names)
+        look.append(" or ".join(names))
+    ignore = [line_name(line) for line in puzzle.distractors]
+    marks = {"row": "the star", "column": "the ring", "cross": "the star and the ring"}
+    find = f"find {marks.get(puzzle.family, 'the star')}"
+    return Hint(look=look, ignore=ignore, steps=[find, "name each cell", "add up the points"])
 
 
 def response(
@@ -188,6 +228,15 @@ def response(
     opening = rng.choice(OPENINGS)
     ending = rng.choice(ENDINGS)
     return f"{opening} {'. Next '.join(readings)}{ending} \\boxed{{{boxed}}}"
+
+
+def short_response(puzzle: Puzzle, rng: random.Random, lines: list[Line] | None = None) -> str:
+    """What a solver writes who names the lines, reads no cell and boxes the right sum."""
+    if lines is None:
+        lines = puzzle.lines
+    names = ". Next ".join(line_name(line) for line in lines)
+    points = sum(line_points(puzzle.cells, line) for line in lines)
+    return f"{rng.choice(OPENINGS)} {names}{rng.choice(ENDINGS)} \\boxed{{{points}}}"
 
 
 # ---------------------------------------------------------------------------------- the picture
@@ -245,7 +294,7 @@ def _draw_gem(pen: ImageDraw.ImageDraw, color: str, x: float, y: float, radius: 
 
 # -------------------------------------------------------------------------------- the questions
 def to_question(puzzle: Puzzle) -> Question:
-    """The puzzle as a Question, with hint, solution and the boxes of its lines."""
+    """The puzzle as a Question, with hint, solution and the boxes of the lines in the hint."""
     family = f"foggy {puzzle.family}" if puzzle.foggy else puzzle.family
     return Question(
         id=f"puzzle-{puzzle.seed}",
@@ -255,7 +304,7 @@ def to_question(puzzle: Puzzle) -> Question:
         hint=hint(puzzle),
         family=family,
         solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")),
-        boxes=[[line_box(line) for line in puzzle.lines]],
+        boxes=[[line_box(line) for lines in puzzle.candidates for line in lines]],
     )
 
 
