@@ -28,6 +28,7 @@ with embedded=False they give the puzzles of toy.gems.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -150,11 +151,22 @@ def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 
     # A text seed is hashed by SHA-512, so the draws are the same in all versions of Python.
     rng = random.Random(f"puzzle-{seed}")
     family = family or FAMILIES[rng.randrange(len(FAMILIES))]
-    cells = _draw_cells(rng, family)
     # The fog has its own random stream: it changes nothing else of the puzzle.
     foggy = random.Random(f"fog-{seed}").random() < fog
-    star_row, ring_column = mark_place(cells, "star")[0], mark_place(cells, "ring")[1]
-    return Puzzle(seed, family, cells, star_row, ring_column, foggy)
+    while True:
+        cells = _draw_cells(rng, family)
+        star_row, ring_column = mark_place(cells, "star")[0], mark_place(cells, "ring")[1]
+        puzzle = Puzzle(seed, family, cells, star_row, ring_column, foggy)
+        if _answer_is_unique(puzzle):
+            return puzzle
+
+
+def _answer_is_unique(puzzle: Puzzle) -> bool:
+    """No other lines of the same kinds have as many points, so who is right has read these."""
+    kinds = [kind for kind, _ in puzzle.lines]
+    readings = itertools.product(*([(kind, index) for index in range(GRID)] for kind in kinds))
+    points = [sum(line_points(puzzle.cells, line) for line in lines) for lines in readings]
+    return points.count(puzzle.answer) == 1
 
 
 def _draw_cells(rng: random.Random, family: str) -> tuple:
