@@ -133,9 +133,8 @@ def hint_of_another_puzzle(question):
     from toy.splits import INDICES
 
     seed = int(question.id.removeprefix("puzzle-"))
-    family = question.family.split()[-1]  # "foggy row" is a row
     for index in itertools.count(seed + 7919):
-        hint = world.hint(world.make_puzzle("train", index % INDICES, family))
+        hint = world.hint(world.make_puzzle("train", index % INDICES, question.family))
         if hint.look != question.hint.look:
             return hint
 

@@ -15,9 +15,6 @@ pips. Each picture has one star and one ring. There are four families of questio
 The hint names the row or column, what to ignore and how to go on. It holds no number, so it cannot
 hold the answer.
 
-A foggy picture is half grey, and the base model misreads its gems. There it is right only 2 times
-in 3 even with the hint. So the hint alone is not enough, and the reward can add something.
-
 A puzzle depends on its split and index alone. It is the same on every machine, and the puzzles of
 two splits differ.
 
@@ -45,12 +42,10 @@ ROWS = ("top", "upper", "lower", "bottom")
 COLUMNS = ("leftmost", "left", "right", "rightmost")
 POINTS = {"red": 1, "green": 2, "blue": 3, "none": 0, "star": 0, "ring": 0}
 COLORS = {"red": (220, 30, 30), "green": (20, 150, 60), "blue": (30, 60, 220)}
-GREY = (200, 200, 200)
 OPENINGS = ("I look at", "Here is", "Now read")
 ENDINGS = (".", ". So")
 CELL = 28  # pixels
 GRID = 4  # cells
-FOG = 0.5  # share of grey in a foggy picture
 
 Line = tuple[str, int]  # a row or column: ("row" | "column", index)
 
@@ -61,7 +56,7 @@ class Puzzle:
     """One grid and one question.
 
     cells[row][column] is a key of POINTS. row: the row of the star; column: the column of the
-    ring. foggy: the picture is hard to see.
+    ring.
     """
 
     seed: int
@@ -69,7 +64,6 @@ class Puzzle:
     cells: tuple
     row: int
     column: int
-    foggy: bool = False
 
     @property
     def lines(self) -> list[Line]:
@@ -141,22 +135,20 @@ def line_box(line: Line) -> list[int]:
     return [start, 0, end, CELL * GRID]
 
 
-def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 0.0) -> Puzzle:
+def make_puzzle(split: str, index: int, family: str | None = None) -> Puzzle:
     """Puzzle number `index` of a split: "train", "heldout" or "tune".
 
-    family: instead of the one drawn from the seed. fog: the share of foggy puzzles. Raises
-    ValueError for an unknown split or an index outside 0 to 10^9 - 1.
+    family: instead of the one drawn from the seed. Raises ValueError for an
+    unknown split or an index outside 0 to 10^9 - 1.
     """
     seed = seed_of(split, index)
     # A text seed is hashed by SHA-512, so the draws are the same in all versions of Python.
     rng = random.Random(f"puzzle-{seed}")
     family = family or FAMILIES[rng.randrange(len(FAMILIES))]
-    # The fog has its own random stream: it changes nothing else of the puzzle.
-    foggy = random.Random(f"fog-{seed}").random() < fog
     while True:
         cells = _draw_cells(rng, family)
         star_row, ring_column = mark_place(cells, "star")[0], mark_place(cells, "ring")[1]
-        puzzle = Puzzle(seed, family, cells, star_row, ring_column, foggy)
+        puzzle = Puzzle(seed, family, cells, star_row, ring_column)
         if _answer_is_unique(puzzle):
             return puzzle
 
@@ -268,8 +260,6 @@ def draw(puzzle: Puzzle) -> Image.Image:
             x = left + CELL / 2 + rng.uniform(-2, 2)
             y = top + CELL / 2 + rng.uniform(-2, 2)
             _draw_cell(pen, puzzle.cells[row][column], x, y, rng.uniform(7.5, 9.5))
-    if puzzle.foggy:
-        image = Image.blend(image, Image.new("RGB", image.size, GREY), FOG)
     return image
 
 
@@ -307,46 +297,42 @@ def _draw_gem(pen: ImageDraw.ImageDraw, color: str, x: float, y: float, radius: 
 # -------------------------------------------------------------------------------- the questions
 def to_question(puzzle: Puzzle) -> Question:
     """The puzzle as a Question, with hint, solution and the boxes of the lines in the hint."""
-    family = f"foggy {puzzle.family}" if puzzle.foggy else puzzle.family
     return Question(
         id=f"puzzle-{puzzle.seed}",
         text=question_text(puzzle),
         answer=str(puzzle.answer),
         images=[draw(puzzle)],
         hint=hint(puzzle),
-        family=family,
+        family=puzzle.family,
         solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")),
         boxes=[[line_box(line) for lines in puzzle.candidates for line in lines]],
     )
 
 
-def puzzles(
-    split: str, count: int, start: int = 0, fog: float = 0.0, embedded: bool = True
-) -> list[Question]:
-    """`count` questions of a split, from index `start` on. fog: the share of foggy ones.
+def puzzles(split: str, count: int, start: int = 0, embedded: bool = True) -> list[Question]:
+    """`count` questions of a split, from index `start` on.
 
-    embedded: for the embedded model; otherwise the puzzles of toy.gems, which have no fog.
+    embedded: for the embedded model; otherwise the puzzles of toy.gems.
     """
     indices = range(start, start + count)
     if not embedded:
         return [gems.to_question(gems.make_puzzle(split, i)) for i in indices]
-    return [to_question(make_puzzle(split, i, fog=fog)) for i in indices]
+    return [to_question(make_puzzle(split, i)) for i in indices]
 
 
 class PuzzleStream:
     """The questions of a run without data: question number i is a puzzle, and there is no end.
 
-    Each seed has its own 10^6 train puzzles. fog, embedded: as in `puzzles`. It serves where
+    Each seed has its own 10^6 train puzzles. embedded: as in `puzzles`. It serves where
     plumbing.data.QuestionStream serves the questions of --data.
     """
 
-    def __init__(self, seed: int, fog: float = 0.0, embedded: bool = True):
+    def __init__(self, seed: int, embedded: bool = True):
         self.seed = seed
-        self.fog = fog
         self.embedded = embedded
 
     def __getitem__(self, i: int) -> Question:
-        [question] = puzzles("train", 1, self.seed * 10**6 + i, self.fog, self.embedded)
+        [question] = puzzles("train", 1, self.seed * 10**6 + i, embedded=self.embedded)
         return question
 
     def first(self, count: int) -> list[Question]:
@@ -354,7 +340,7 @@ class PuzzleStream:
         return [self[i] for i in range(count)]
 
     def fingerprint(self) -> str:
-        """The hash of no ids, which says that a run has no data. The config holds seed and fog.
+        """The hash of no ids, which says that a run has no data. The config holds the seed.
 
         The puzzles of toy.gems have another one: older versions gave all models the embedded
         world, and such a run must not go on with other questions.
