@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, write_jsonl
+from conftest import ROOT
 
 import toy.settings
 import train
@@ -265,17 +265,14 @@ def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
 CURVE = {"curve": {"0": {"named": 30, "narrowed": 20}}}
 
 
-def test_the_default_run_s_figure_is_of_one_recipe(monkeypatch, tmp_path):
-    rows = bench_default.load_rows(bench_default.ROWS)
-    stored = [row for row in rows if "recipe" not in row]
-    assert len(stored) == 6
-    write_jsonl(tmp_path / "default.jsonl", [*stored, {**stored[0], "recipe": "paper"}])
-    monkeypatch.setattr(bench_default, "ROWS", tmp_path / "default.jsonl")
-    drawn = []
-    monkeypatch.setattr(bench_default, "draw", lambda rows, path: drawn.extend(rows))
-    monkeypatch.setattr(sys, "argv", ["bench_default.py", "--figure", "x.png"])
-    bench_default.main()
-    assert drawn == [{**stored[0], "recipe": "paper"}]
+def test_the_default_run_s_table_has_its_stored_rows():
+    rows = load_rows(bench_default.ROWS)
+    text = bench_default.table(rows)
+    for row in rows:
+        last = 100 * list(row["plain"].values())[-1]
+        assert re.search(
+            rf"^\| {re.escape(row['arm'])} \| {row['seed']} \|.* {last:.1f} \|", text, re.M
+        )
 
 
 def test_the_best_of_a_complete_grid_is_chosen():
