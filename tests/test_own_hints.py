@@ -112,9 +112,8 @@ def test_a_solution_of_the_data_is_read_and_nothing_is_drawn(base, monkeypatch):
         record, maps = source(base, [question]).record(question)
         assert record["response"] is None
         assert [heat.shape for heat in maps] == [(4, 4)]
-        right += record["hint"] is not None and set(record["hint"]["look"]) == set(
-            question.hint.look
-        )
+        read = {name for name in all_lines() if name in question.solution}
+        right += record["hint"] is not None and set(record["hint"]["look"]) == read
     assert right >= 7
 
 
