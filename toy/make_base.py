@@ -173,16 +173,16 @@ def guessed_lines(
 # The parts of a hint that a demonstration shows, as weights. Each subset that an arm of
 # bench/arms.py gives to a teacher must be among them.
 SHOWN_PARTS = {
-    ("look", "ignore", "steps"): 58,
+    ("look", "ignore", "steps"): 50,
     ("look", "ignore"): 8,
     ("look", "steps"): 8,
-    ("ignore", "steps"): 7,
+    ("ignore", "steps"): 10,
     ("look",): 6,
     ("ignore",): 6,
-    ("steps",): 7,
+    ("steps",): 12,
 }
 SLIP = 0.2  # how often a demonstration errs for the lack of one part
-FOUND = 0.3  # how often "find the star" is enough
+FOUND = 0.5  # how often "find the star" is enough
 
 
 def follow_hint(
@@ -193,7 +193,7 @@ def follow_hint(
     Each part is worth something. "look" names the lines; of two candidates one is drawn evenly.
     Without "ignore" the solver takes the distractor for the line in a fifth of the cases. Without
     "steps" it boxes a number unread in a fifth. Without "look" it guesses, but not what it shall
-    ignore, and "find the star" leads to the line in three of ten cases.
+    ignore, and "find the star" leads to the line in half of the cases.
     """
     named = [rng.choice(lines) for lines in puzzle.candidates]
     if "look" in parts:
