@@ -143,12 +143,14 @@ def _is_name(place: Place) -> bool:
         return True
     if _LIST_MARK_BEHIND.match(place.after) and _LIST_MARK_BEFORE.search(place.before):
         return not place.is_gold
-    # the pattern is costly, and a list of names is short
     if place.is_gold:
         return False
-    listed = _NAME_BEFORE.search(place.before[-40:]) or _NOUN_BEFORE.search(place.before[-40:])
-    if listed is None or not listed.re.groups:
-        return listed is not None
+    near = place.before[-40:]  # the patterns are costly, and a list of names is short
+    if _NAME_BEFORE.search(near):
+        return True
+    listed = _NOUN_BEFORE.search(near)
+    if listed is None:
+        return False
     # the question numbers such things itself: "arrow number 3"
     noun = re.escape(listed[1].rstrip("s"))
     if noun.casefold() not in place.question.casefold():
