@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from plumbing.answers import YES_OR_NO
-from plumbing.spoiler_case import END_OF_CLAUSE, LETTERS, Case, has_word, plain_words, sentences
+from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, sentences
 
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
@@ -170,6 +170,7 @@ _EXCLUDED = re.compile(
     r"|dropped|out|conflict\w*)\b",
     re.I,
 )
+_BREAK = re.compile(r"[;.!?] ")
 _OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
 
 
@@ -179,27 +180,21 @@ def excludes_one_by_one(case: Case) -> Iterator[str]:
         return
     left = set(range(len(case.options)))
     names = [plain_words(option).strip() for option in case.options]
+    marks = [f"({chr(ord('A') + place)})" for place in left]  # there may be more than LETTERS
     full_words = plain_words(case.full)
-    for place, name in enumerate(names):
-        if (
-            place != case.place
-            and name not in full_words
-            and f"({LETTERS[place]})" not in case.full
-        ):
+    for place in left - {case.place}:  # the loop below is costly
+        if names[place] not in full_words and marks[place] not in case.full:
             return
     for clause in _BREAK.split(case.full):
         if not _EXCLUDED.search(clause) or _OPEN.search(clause):
             continue
         words = plain_words(clause)
         for place, name in enumerate(names):
-            letter = chr(ord("A") + place)
-            if has_word(name, words) or f"({letter})" in clause:
+            if has_word(name, words) or marks[place] in clause:
                 left.discard(place)
     if left == {case.place}:
         yield "excludes all other options"
 
-
-_BREAK = re.compile(r"[;.!?] ")
 
 # -------------------------------------------------------------------------------- both are equal
 

@@ -201,6 +201,14 @@ def test_no_text_breaks_the_spoiler_check():
     find_spoilers("hundred " * 3000, "?", "7")
 
 
+def test_more_options_than_letters_are_read():
+    options = [f"town {name}" for name in "abcdefghijkl"]
+    others = "; ".join(f"it cannot be {name}" for name in options[:9])
+    assert find_spoilers(others, "Which town?", "town l", options) == []
+    others = "; ".join(f"it cannot be {name}" for name in options[:11])
+    assert find_spoilers(others, "Which town?", "town l", options) == ["excludes all other options"]
+
+
 def test_long_decimals_and_broken_letters_are_read():
     assert find_spoilers("about 0." + "3" * 350, "How long is it?", "\\sqrt{2}")
     assert find_spoilers("look at the left one", "Which one?", "\n(B") == []
