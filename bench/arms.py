@@ -7,6 +7,7 @@ that are replaced for the length of a run. Each arm differs from PTD-PO in what 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -121,19 +122,21 @@ def change_hint(change: Callable) -> Callable:
     return patch
 
 
-def hint_without(part: str) -> Callable:
-    """The patch that takes one part of the hint away: look, ignore or steps."""
-    return change_hint(lambda question: replace(question.hint, **{part: ()}))
+def hint_without(*parts: str) -> Callable:
+    """The patch that takes parts of the hint away: look, ignore or steps."""
+    return change_hint(lambda question: replace(question.hint, **dict.fromkeys(parts, ())))
 
 
 def hint_of_another_puzzle(question):
-    """The hint of another puzzle of the same family."""
+    """The hint of another puzzle of the same family, the next one that names other lines."""
     from toy import world
     from toy.splits import INDICES
 
     seed = int(question.id.removeprefix("puzzle-"))
-    family = question.family.split()[-1]  # "foggy row" is a row
-    return world.hint(world.make_puzzle("train", (seed + 7919) % INDICES, family))
+    for index in itertools.count(seed + 7919):
+        hint = world.hint(world.make_puzzle("train", index % INDICES, question.family))
+        if hint.look != question.hint.look:
+            return hint
 
 
 def blind_teacher(patches: Patches, train) -> None:
@@ -166,6 +169,62 @@ def without_images(turn: dict) -> dict:
 
 def shows_image(turn: dict) -> bool:
     return any(part["type"] == "image" for part in turn["content"])
+
+
+def supervised(patches: Patches, train) -> None:
+    """Cross-entropy on the solution: it takes the place of the responses, and of the loss."""
+
+    def sample(trainer, prompts, keys=None):
+        return [[solved(trainer, prompt)] * trainer.config.group_size for prompt in prompts]
+
+    def solution_loss(config, logp, old_logp, advantages, mask, weights, *_):
+        loss = -(logp * mask * weights.policy.unsqueeze(1)).sum()
+        zero = loss.detach() * 0
+        return loss, {"policy_loss": loss.detach(), "kl": zero, "tutor_loss": zero}
+
+    patches.replace(train.Trainer, "sample", sample)
+    patches.replace(train, "ptdpo_loss", solution_loss)
+
+
+def solved(trainer, prompt):
+    """The question's solution as a response."""
+    from rollout import Response
+
+    tokenizer, text = trainer.processor.tokenizer, prompt.question.solution
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return Response(prompt, ids, text, truncated=False)
+
+
+def distil_right_responses(patches: Patches, train) -> None:
+    """As HDPO (arXiv 2603.23871): what is right with the answer shown is distilled.
+
+    Where a whole group failed, the student answers again and reads the answer. What is right takes
+    the place of failed responses and is tutored by the reference, which reads the answer, too. It
+    has no advantage. Nothing else is tutored.
+    """
+    assign, masks = train.Trainer.assign, []
+
+    def assign_distilled(trainer, groups):
+        import torch
+
+        failed = [n for n, group in enumerate(groups) if not any(r.correct for r in group)]
+        mask = torch.zeros(len(groups), trainer.config.group_size, dtype=torch.bool)
+        questions = [groups[n][0].question for n in failed]
+        prompts = trainer.read(questions, lambda q: train.teacher_messages(q, "answer"))
+        for n, drawn in zip(failed, trainer.respond(prompts, mask.shape[1]), strict=True):
+            right = [r for r in drawn if train.verify(r.text, r.question, trainer.same_answer)]
+            for g, response in enumerate(right):
+                taken = dict(ids=response.ids, text=response.text, truncated=response.truncated)
+                groups[n][g] = replace(groups[n][g], logp=None, **taken)
+                mask[n, g] = True
+        masks[:] = [mask]
+        assign(trainer, groups)
+
+    def route(correct, can_tutor, tau):
+        return masks[0] & can_tutor.unsqueeze(1)
+
+    patches.replace(train.Trainer, "assign", assign_distilled)
+    patches.replace(train, "route", route)
 
 
 def released_formula(patches: Patches, train) -> None:
@@ -204,19 +263,26 @@ MAIN = {
     "GRPO": Arm("--lam 0"),
     "PTD-PO": Arm(),
     "tutoring alone": Arm(patch=no_policy_loss),
-    "teacher told the answer": Arm("--teacher-context answer"),
-    "self-distillation": Arm("--teacher-context solution --beta-kl 0", self_distillation),
+    "SFT on solutions": Arm("--lam 0 --beta-kl 0", supervised),
+    "OPSD": Arm("--teacher-context solution --beta-kl 0 --jsd-k 1000", self_distillation),
+    "HDPO-like": Arm("--teacher-context answer", distil_right_responses),
 }
 # These take PTD-PO's, or GRPO's where the name begins so.
 ABLATIONS = {
+    "tutoring mean per step": Arm("--tutor-mean step"),
+    "no policy loss": Arm(patch=no_policy_loss),
     "all responses": Arm(patch=all_responses),
-    "released formula": Arm("--support student", released_formula),
-    "blind teacher": Arm(patch=blind_teacher),
-    "shuffled hint": Arm(patch=change_hint(hint_of_another_puzzle)),
+    "tau 0.2": Arm("--tau 0.2"),
+    "tau 0.4": Arm("--tau 0.4"),
+    "teacher told the answer": Arm("--teacher-context answer"),
+    "teacher told the solution": Arm("--teacher-context solution"),
+    "unstructured hint": Arm(patch=hint_without("look", "ignore")),
     "hint without look": Arm(patch=hint_without("look")),
     "hint without ignore": Arm(patch=hint_without("ignore")),
     "hint without steps": Arm(patch=hint_without("steps")),
-    "tau 0.2": Arm("--tau 0.2"),
+    "another's hint": Arm(patch=change_hint(hint_of_another_puzzle)),
+    "blind teacher": Arm(patch=blind_teacher),
+    "released formula": Arm("--support student", released_formula),
     "K 1": Arm("--jsd-k 1"),
     "K 5": Arm("--jsd-k 5"),
     "K full": Arm("--jsd-k 1000"),
@@ -224,33 +290,32 @@ ABLATIONS = {
     "forward KL": Arm("--divergence forward_kl"),
     "reverse KL": Arm("--divergence reverse_kl"),
     "lambda 0.1": Arm("--lam 0.1"),
-    "lambda 0.5": Arm("--lam 0.5"),
     "lambda 1": Arm("--lam 1"),
-    "KL penalty off": Arm("--beta-kl 0"),
-    "GRPO, KL penalty off": Arm("--lam 0 --beta-kl 0"),
+    "lambda 10": Arm("--lam 10"),
+    "lambda 100": Arm("--lam 100"),
+    "three updates": Arm("--updates 3"),
+    "DAPO": Arm("--recipe dapo"),
+    "GSPO": Arm("--recipe gspo"),
     "GRPO, KL penalty off where responses failed": Arm("--lam 0", no_kl_where_responses_failed),
-    # on the split "tune" this rate is as good as the chosen one
-    "GRPO, three times the lr": Arm("--lam 0 --lr 3e-4"),
-    # tutoring alone, with PTD-PO's learning rate and lambda
-    "no policy loss": Arm(patch=no_policy_loss),
-    "two updates": Arm("--updates 2"),
-    "two updates, GSPO": Arm("--updates 2 --recipe gspo"),
+    "GRPO, DAPO": Arm("--recipe dapo --lam 0"),
+    "GRPO, GSPO": Arm("--recipe gspo --lam 0"),
 }
 ARMS = {**MAIN, **ABLATIONS}
 # The arms whose teachers read different things: how often each teacher is right is measured too.
 TEACHERS = (
     "PTD-PO",
+    "unstructured hint",
     "hint without look",
     "hint without ignore",
     "hint without steps",
-    "shuffled hint",
+    "another's hint",
     "blind teacher",
     "teacher told the answer",
-    "self-distillation",
+    "teacher told the solution",
 )
-RATES = ("1e-4", "3e-4", "1e-3")
+RATES = ("1e-4", "3e-4", "7e-4")
 GRIDS = {arm: [["--lr", rate] for rate in RATES] for arm in MAIN}
-GRIDS["PTD-PO"] = [["--lr", rate, "--lam", lam] for rate in RATES for lam in ("1", "10")]
+GRIDS["PTD-PO"] = [["--lr", rate, "--lam", lam] for rate in RATES[1:] for lam in ("3", "30")]
 
 
 def main_arm(arm: str) -> str:

@@ -1,13 +1,12 @@
 # ruff: noqa: E402
-"""The default run, its tutoring means, and plain GRPO: accuracy, entropy and time per seed.
+"""The default run and plain GRPO: accuracy, entropy and time per seed.
 
-    python bench/bench_default.py --jobs 2                     # 3 seeds, 4 arms: 30 minutes
+    python bench/bench_default.py --jobs 2                     # 3 seeds, 2 arms: 20 minutes
     python bench/bench_default.py --figure docs/default.png    # draw what has been measured
 
 The time is for 2 cores and two runs at a time. The figure needs matplotlib. Each finished run adds
 one line to bench/results/default.jsonl. A run that is there already is not repeated: remove the
-file to measure again. Rows without the field "recipe" were measured with the release's means; a
-table or figure is of one recipe.
+file to measure again.
 """
 
 from __future__ import annotations
@@ -23,27 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from bench_losses import machine
-from common import (
-    RESULTS,
-    append_row,
-    load_pyplot,
-    load_rows,
-    markdown_table,
-    measured_recipe,
-    rows_of,
-    share_of_cores,
-)
+from common import RESULTS, append_row, load_pyplot, load_rows, markdown_table, share_of_cores
 
 ROWS = RESULTS / "default.jsonl"
-RECIPE = "paper"  # train.py's default, which is what is measured
-FORMER = "--recipe release --questions 24 --steps 250 --lam 10 --lr 1e-3 --grad-clip 1"
-ARMS = {
-    "PTD-PO": [],
-    "PTD-PO, tutoring mean per step": ["--tutor-mean", "step"],
-    "PTD-PO, settings of before": FORMER.split(),
-    "GRPO (--lam 0)": ["--lam", "0"],
-}
-COLOURS = dict(zip(ARMS, ("#1f6fb4", "#3a9a5b", "#7a8794", "#c4552d"), strict=True))
+ARMS = {"PTD-PO": [], "GRPO (--lam 0)": ["--lam", "0"]}
+COLOURS = dict(zip(ARMS, ("#1f6fb4", "#c4552d"), strict=True))
 HEADER = [
     "arm",
     "seed",
@@ -57,12 +40,8 @@ HEADER = [
 
 
 def measure(arm: str, seed: int, jobs: int) -> dict:
-    """One whole `python train.py`, timed from outside, in its own folder, on its share of cores.
-
-    The row's recipe is the one that the arms start from; an arm's own options win.
-    """
+    """One whole `python train.py`, timed from outside, in its own folder, on its share of cores."""
     command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--name", "run"]
-    command += ["--recipe", RECIPE]
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         subprocess.run(
@@ -77,7 +56,6 @@ def measure(arm: str, seed: int, jobs: int) -> dict:
     before, *steps = rows
     return {
         "arm": arm,
-        "recipe": RECIPE,
         "seed": seed,
         "machine": machine("transformers", "accelerate"),
         "steps": len(steps),
@@ -157,8 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = load_rows(ROWS)
     if args.figure:
-        return draw(rows_of(rows, measured_recipe(rows)), args.figure)
-    rows = rows_of(rows, RECIPE)
+        return draw(rows, args.figure)
     measured = {(row["arm"], row["seed"]) for row in rows}
     wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     missing = [run for run in wanted if run not in measured]

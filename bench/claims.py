@@ -1,18 +1,16 @@
 # ruff: noqa: E402
-"""The paper's claims in small: all arms on the embedded world, half of its puzzles in fog.
+"""The paper's claims in small: all arms on the embedded world.
 
-    python bench/claims.py --jobs 2                # all arms, 3 seeds: hours on 2 cores
+    python bench/claims.py --jobs 2                # all arms, 3 or 5 seeds: hours on 2 cores
     python bench/claims.py --jobs 2 --arms GRPO PTD-PO --seeds 1
     python bench/claims.py --table                 # what has been measured so far
     python bench/claims.py --figures docs          # draw it (pip install matplotlib)
-    python bench/claims.py --table --recipe release
 
-The teacher with the hint is right in 99.8 % of the puzzles in clear sight, and in 64 % of those in
-fog: there the reward knows what the teacher does not. bench/arms.py says what each arm is. The
-learning rate of the main arms, and PTD-PO's lambda, are chosen on the split "tune", by seed 100
-after 120 steps. Each finished run is one line of bench/results/claims.jsonl, and is not repeated:
-stop the script and start it again at any moment. All arms start from --recipe paper. Rows without
-the field "recipe" were measured with the release's means: a table or figure is of one recipe.
+"named" are the puzzles whose hint names the lines. "narrowed" are those of the family "next": the
+hint names two rows, and only the reward says which of them counts. bench/arms.py says what each arm
+is. The learning rate of the main arms, and PTD-PO's lambda, are chosen on the split "tune", by seed
+100. Each finished run is one line of bench/results/arms.jsonl, and is not repeated: stop the script
+and start it again at any moment.
 """
 
 from __future__ import annotations
@@ -34,21 +32,19 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from arms import ARMS, GRIDS, MAIN, TEACHERS, Patches, main_arm
-from claims_report import draw, table
-from common import RESULTS, append_row, load_rows, measured_recipe, rows_of, share_of_cores
+from claims_report import draw, mean_of_last, table
+from common import RESULTS, append_row, load_rows, share_of_cores
 
-ROWS = RESULTS / "claims.jsonl"
-RENAMED = {"--k": "--jsd-k"}  # options of stored rows -> their names today
-RECIPE = "paper"  # of all new runs; an arm's own options come after it
-STEPS, EVERY = 240, 20
-TUNE_STEPS, TUNE_SEED = 120, 100
+ROWS = RESULTS / "arms.jsonl"
+STEPS, EVERY = 180, 15
+TUNE_STEPS, TUNE_SEED = 180, 100
 PUZZLES = 800  # held-out ones; a quarter of them serves the evaluations on the way
-FOG = 0.5
+MAIN_SEEDS, SEEDS = 5, 3
 
 
 # ----------------------------------------------------------------------------- what a run measures
 def kind_of(question) -> str:
-    return "foggy" if question.family.startswith("foggy") else "clear"
+    return "narrowed" if question.family == "next" else "named"
 
 
 def family_of(question) -> str:
@@ -68,7 +64,7 @@ def measured(trainer, evaluate, puzzles: int) -> dict:
     from rollout import verify
     from toy import world
 
-    questions = world.puzzles("heldout", puzzles, fog=FOG)
+    questions = world.puzzles("heldout", puzzles)
     right = evaluate(trainer, questions)["right"]
     quarter = questions[: puzzles // 4]
     passed = set()
@@ -112,7 +108,7 @@ def measured_teacher(trainer, evaluate, teacher_messages, puzzles: int) -> dict[
     def messages(question):
         return teacher_messages(question, trainer.config.teacher_context)
 
-    questions = world.puzzles("heldout", puzzles, fog=FOG)
+    questions = world.puzzles("heldout", puzzles)
     return shares(evaluate(trainer, questions, messages)["right"], questions, kind_of)
 
 
@@ -124,23 +120,26 @@ def gradient(trainer, score, responses: list, **changes):
     trainer.config = replace(config, **changes)
     score(trainer, responses)
     trainer.config = config
-    parameters = [p for p in trainer.student.parameters() if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    parameters = [p for p in trainer.student.parameters() if p.requires_grad]
+    flat = torch.cat([(p.grad if p.grad is not None else 0 * p).flatten() for p in parameters])
     trainer.optimizer.zero_grad()
-    return flat
+    return flat.detach()
 
 
 def compare_gradients(trainer, score, responses: list) -> dict:
-    """Norms of the policy's gradient and of the tutoring's (times lambda), and their cosine."""
+    """Norms of the policy's gradient, of the tutoring's (times lambda) and of the KL penalty's
+    (times beta), and the cosine of the first two."""
     import torch
 
     both = gradient(trainer, score, responses, beta_kl=0.0)
     policy = gradient(trainer, score, responses, beta_kl=0.0, lam=0.0)
+    penalty = gradient(trainer, score, responses, lam=0.0) - policy
     tutor = both - policy
     cosine = None  # where one of them is 0
     if policy.norm() and tutor.norm():
         cosine = torch.nn.functional.cosine_similarity(tutor, policy, dim=0).item()
-    return {"policy": policy.norm().item(), "tutor": tutor.norm().item(), "cosine": cosine}
+    norms = {"policy": policy, "tutor": tutor, "kl": penalty}
+    return {**{name: part.norm().item() for name, part in norms.items()}, "cosine": cosine}
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -190,8 +189,6 @@ def measure_at_the_end(patches: Patches, train, job: dict, final: dict) -> None:
 def command_line(job: dict) -> list[str]:
     """train.py's options for a job."""
     options = {
-        "--recipe": job["recipe"],
-        "--fog": FOG,
         "--steps": job["steps"],
         "--eval-every": EVERY,
         "--eval-questions": job.get("puzzles", PUZZLES) // 4,
@@ -206,7 +203,7 @@ def command_line(job: dict) -> list[str]:
 def one_run(job: dict) -> dict:
     """Train and measure one arm in this process: train.py itself, with the arm's patch.
 
-    job: arm, recipe, seed, split, steps, chosen (options of train.py) and perhaps puzzles. Raises
+    job: arm, seed, split, steps, chosen (options of train.py) and perhaps puzzles. Raises
     RuntimeError where a patch has never been called.
     """
     from bench_losses import machine
@@ -227,8 +224,10 @@ def one_run(job: dict) -> dict:
         with contextlib.chdir(folder):
             train.main(command_line(job))
             [_, *logged] = load_rows(Path("runs/run/metrics.jsonl"))
+            config = json.loads(Path("runs/run/config.json").read_text("utf-8"))
     patches.check(job["arm"])
-    names = ("entropy", "length", "all_failed", "accuracy", "tutored")
+    names = ("entropy", "length", "all_failed", "informative", "all_correct", "accuracy", "tutored")
+    clipped = [row["grad_norm"] > config["grad_clip"] for row in logged]
     evaluated_after = range(0, job["steps"] + 1, EVERY)
     return {
         **job,
@@ -240,25 +239,15 @@ def one_run(job: dict) -> dict:
         "gradients": compared,
         **{name: [round(row[name], 4) for row in logged] for name in names},
         "skipped": logged[-1]["skipped_steps"],
+        "clipped": round(sum(clipped) / len(clipped), 3),
         "machine": machine("transformers", "accelerate"),
     }
 
 
 # ------------------------------------------------------------------------------------- all the runs
-def stored_rows(recipe: str | None = None) -> list[dict]:
-    """The rows of one recipe that have been measured, with the options by their names today.
-
-    None: the paper's recipe, or where that has not been measured the release's.
-    """
-    rows = load_rows(ROWS)
-    rows = rows_of(rows, recipe or measured_recipe(rows))
-    for row in rows:
-        row["options"] = [RENAMED.get(word, word) for word in row["options"]]
-    return rows
-
-
-def mean_final(row: dict) -> float:
-    return statistics.mean(row["final"]["plain"].values())
+def mean_accuracy(row: dict) -> float:
+    """Over both kinds of puzzles."""
+    return statistics.mean(mean_of_last(row).values())
 
 
 def chosen(rows: list[dict], arm: str) -> list[str] | None:
@@ -267,11 +256,11 @@ def chosen(rows: list[dict], arm: str) -> list[str] | None:
     tried = [row for row in rows if row["split"] == "tune" and row["arm"] == arm]
     if len(tried) < len(GRIDS[arm]):
         return None
-    return max(tried, key=mean_final)["chosen"]
+    return max(tried, key=mean_accuracy)["chosen"]
 
 
 def job_key(job: dict) -> tuple:
-    names = ("arm", "recipe", "seed", "split", "steps")
+    names = ("arm", "seed", "split", "steps")
     return tuple(job[name] for name in names), tuple(job["chosen"])
 
 
@@ -285,7 +274,7 @@ def run_in_child(job: dict, environment: dict[str, str]) -> dict:
 
 
 def print_row(row: dict) -> None:
-    accuracy = row["final"].get("plain") or row["final"]["teacher"]
+    accuracy = row["final"].get("teacher") or mean_of_last(row)
     name = f"{row['split']:8s}{row['arm']:26s}seed {row['seed']}"
     options = " ".join(row["chosen"])
     print(f"{name}  {options:22s}{accuracy}  {row['cpu_seconds']} s", flush=True)
@@ -315,13 +304,15 @@ def run_all(jobs: list[dict], rows: list[dict], parallel: int) -> None:
         sys.exit(f"{failures} runs failed: see above")
 
 
-def measure_all(arms: list[str], seeds: int, steps: int, parallel: int, rows: list[dict]) -> None:
-    """The grids of the main arms, then all arms with all seeds, then the teachers.
+def measure_all(
+    arms: list[str], seeds: int | None, steps: int, parallel: int, rows: list[dict]
+) -> None:
+    """The grids of the main arms, then the teachers, then all arms, one seed after the other.
 
-    rows: of RECIPE.
+    seeds: of each arm; None: MAIN_SEEDS of the main arms and SEEDS of the others.
     """
     needed = {main_arm(arm) for arm in arms}
-    tune = {"recipe": RECIPE, "seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS}
+    tune = {"seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS}
     grids = []
     for arm in MAIN:
         if arm in needed:
@@ -329,14 +320,15 @@ def measure_all(arms: list[str], seeds: int, steps: int, parallel: int, rows: li
             grids += [{**job, "chosen": options} for options in GRIDS[arm]]
     run_all(grids, rows, parallel)
     best = {arm: chosen(rows, arm) for arm in arms}
-    held_out = []
-    for seed in range(seeds):
-        job = {"recipe": RECIPE, "seed": seed, "split": "heldout", "steps": steps}
-        held_out += [{"arm": arm, **job, "chosen": best[arm]} for arm in arms]
-    run_all(held_out, rows, parallel)
-    job = {"recipe": RECIPE, "seed": 0, "split": "teacher", "steps": 1}
+    job = {"seed": 0, "split": "teacher", "steps": 1}
     teachers = [{"arm": arm, **job, "chosen": best[arm]} for arm in TEACHERS if arm in arms]
     run_all(teachers, rows, parallel)
+    wanted = {arm: seeds or (MAIN_SEEDS if arm in MAIN else SEEDS) for arm in arms}
+    held_out = []
+    for seed in range(max(wanted.values())):
+        job = {"seed": seed, "split": "heldout", "steps": steps}
+        held_out += [{"arm": arm, **job, "chosen": best[arm]} for arm in arms if seed < wanted[arm]]
+    run_all(held_out, rows, parallel)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -344,7 +336,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(ARMS)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
+    seeds = f"{MAIN_SEEDS} of the main arms, {SEEDS} of the others"
+    parser.add_argument("--seeds", type=int, help=f"seeds 0 to N - 1 [{seeds}]")
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -363,27 +356,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--figures", type=Path, metavar="FOLDER", help="draw what has been measured and stop"
     )
-    parser.add_argument(
-        "--recipe",
-        choices=("paper", "release"),
-        help="--table, --figures: show the runs of this recipe [paper, once it has been measured]",
-    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
-    parser = make_parser()
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if args.run:
         return print(json.dumps(one_run(json.loads(args.run))))
-    shows_only = args.table or args.figures
-    if args.recipe and not shows_only:
-        parser.error(f"--recipe is for --table and --figures: all new runs are of {RECIPE!r}")
-    rows = stored_rows(args.recipe if shows_only else RECIPE)
+    rows = load_rows(ROWS)
     if args.figures and not args.table:
         return draw(rows, args.figures, args.steps)
-    if not shows_only:
+    if not args.table:
         measure_all(args.arms, args.seeds, args.steps, args.jobs, rows)
     print(table(rows, args.steps))
 

@@ -6,25 +6,30 @@ import statistics
 from pathlib import Path
 
 from arms import ABLATIONS, ARMS, MAIN
-from common import load_pyplot, markdown_table, recipe_of
+from common import load_pyplot, markdown_table
 
-KINDS = ("clear", "foggy")
+KINDS = ("named", "narrowed")
 LAST = 20  # steps whose mean the table shows
+EVALUATIONS = 3  # likewise
+
+
+def mean_of_last(row: dict) -> dict[str, float]:
+    """Accuracy by kind of puzzle: the mean of a run's last evaluations, %."""
+    late = list(row["curve"].values())[-EVALUATIONS:]
+    return {kind: statistics.mean(percent[kind] for percent in late) for kind in KINDS}
 
 
 # ------------------------------------------------------------------------------------------- tables
 def table(rows: list[dict], steps: int) -> str:
-    """Markdown: the arms, the main arms by family, the teachers, the gradients.
-
-    rows: of one recipe; ValueError where they are of two.
-    """
+    """Markdown: the arms, the main arms by family, the teachers, the gradients."""
     held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
     if not held_out:
         return "nothing measured on the held-out puzzles yet"
-    [recipe] = {recipe_of(row) for row in rows}
+    hours = sum(row["cpu_seconds"] for row in rows) / 3600
     setting = (
-        f"{held_out[0]['machine']}; --recipe {recipe}; {steps} steps; 800 held-out puzzles (200 in "
-        "the evaluations on the way), plain prompt, greedy; mean (lowest - highest) over seeds."
+        f"{held_out[0]['machine']}; {steps} steps; plain prompt, greedy; 200 held-out puzzles, "
+        f"mean of the last {EVALUATIONS} evaluations; mean (lowest - highest) over seeds. "
+        f"{len(rows)} runs, {hours:.1f} hours of one core in all."
     )
     teachers = [row for row in rows if row["split"] == "teacher"]
     parts = [
@@ -43,13 +48,12 @@ def arms_table(title: str, arms: list[str], held_out: list[dict]) -> str:
     header = [
         title,
         "seeds",
-        "clear, %",
-        "foggy, %",
-        "last five evaluations, clear / foggy",
-        "pass@8 clear / foggy, %",
+        *[f"{kind}, %" for kind in KINDS],
+        "pass@8 named / narrowed, %",
         "entropy, last 20 steps",
         "length",
         "all-failed groups, last 20, %",
+        "steps clipped, %",
         "CPU minutes",
     ]
     runs_of = {arm: [row for row in held_out if row["arm"] == arm] for arm in arms}
@@ -59,29 +63,26 @@ def arms_table(title: str, arms: list[str], held_out: list[dict]) -> str:
 def arm_cells(arm: str, runs: list[dict]) -> list[str]:
     """One arm's cells, from its runs (one per seed)."""
     options = " ".join(runs[0]["chosen" if arm in MAIN else "options"])
-    accuracy = [run["final"]["plain"] for run in runs]
-    late = [evaluation for run in runs for evaluation in list(run["curve"].values())[-5:]]
+    accuracy = [mean_of_last(run) for run in runs]
     all_failed = statistics.mean(last_steps(runs, "all_failed"))
     minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
     return [
         f"{arm} (`{options}`)" if options else arm,
         str(len(runs)),
         *[spread([percent[kind] for percent in accuracy]) for kind in KINDS],
-        by_kind(late),
         by_kind([run["final"]["pass@8"] for run in runs]),
         spread(last_steps(runs, "entropy"), 2),
         spread(last_steps(runs, "length"), 0),
         f"{100 * all_failed:.0f}",
+        f"{100 * statistics.mean(run['clipped'] for run in runs):.0f}",
         f"{minutes:.1f}",
     ]
 
 
 def families_table(held_out: list[dict]) -> str:
     """The main arms by family of puzzles, and what another puzzle's answer does to them."""
-    families = sorted(
-        held_out[0]["final"]["families"], key=lambda name: (name.startswith("foggy"), name)
-    )
-    told = "told another answer: says it, clear / foggy"
+    families = list(held_out[0]["final"]["families"])
+    told = "told another answer: says it, named / narrowed"
     header = ["arm", *families, told, "is right all the same"]
     rows = []
     for arm in MAIN:
@@ -99,10 +100,14 @@ def families_table(held_out: list[dict]) -> str:
 
 def teachers_table(teachers: list[dict], held_out: list[dict]) -> str:
     """How often each teacher is right, and its student after training."""
-    header = ["what the teacher reads", "teacher right, clear / foggy, %", "student after training"]
+    header = [
+        "what the teacher reads",
+        "teacher right, named / narrowed, %",
+        "student after training",
+    ]
     rows = []
     for row in teachers:
-        students = [run["final"]["plain"] for run in held_out if run["arm"] == row["arm"]]
+        students = [mean_of_last(run) for run in held_out if run["arm"] == row["arm"]]
         student = by_kind(students) if students else ""
         rows.append([row["arm"], by_kind([row["final"]["teacher"]]), student])
     return markdown_table(header, rows)
@@ -110,7 +115,12 @@ def teachers_table(teachers: list[dict], held_out: list[dict]) -> str:
 
 def gradients_table(held_out: list[dict]) -> str:
     """PTD-PO's two gradients over the steps."""
-    header = ["PTD-PO, step", "tutoring gradient / policy gradient", "cosine"]
+    header = [
+        "PTD-PO, step",
+        "tutoring gradient / policy gradient",
+        "KL penalty's / policy gradient",
+        "cosine of the first two",
+    ]
     by_step = {}
     for row in held_out:
         for compared in row["gradients"] if row["arm"] == "PTD-PO" else []:
@@ -118,8 +128,10 @@ def gradients_table(held_out: list[dict]) -> str:
                 by_step.setdefault(compared["step"], []).append(compared)
     rows = []
     for step, pairs in sorted(by_step.items()):
-        ratios = [pair["tutor"] / pair["policy"] for pair in pairs]
-        rows.append([str(step), spread(ratios), spread([pair["cosine"] for pair in pairs], 2)])
+        ratios = [
+            spread([pair[part] / pair["policy"] for pair in pairs]) for part in ("tutor", "kl")
+        ]
+        rows.append([str(step), *ratios, spread([pair["cosine"] for pair in pairs], 2)])
     return markdown_table(header, rows)
 
 
@@ -136,7 +148,7 @@ def mean_text(values) -> str:
 
 
 def by_kind(percents: list[dict[str, float]]) -> str:
-    """Means, "clear / foggy"."""
+    """Means, "named / narrowed"."""
     return " / ".join(mean_text(percent[kind] for percent in percents) for kind in KINDS)
 
 
@@ -150,19 +162,20 @@ COLOURS = {
     "PTD-PO": "#1f6fb4",
     "GRPO": "#c4552d",
     "tutoring alone": "#3a9a5b",
-    "teacher told the answer": "#8a56b0",
-    "self-distillation": "#b08a1e",
-    "no policy loss": "#3a9a5b",
+    "SFT on solutions": "#7a8794",
+    "OPSD": "#8a56b0",
+    "HDPO-like": "#b08a1e",
 }
-KIND_COLOURS = {"clear": "#1f6fb4", "foggy": "#7a8794"}
+KIND_COLOURS = {"named": "#1f6fb4", "narrowed": "#7a8794"}
 # label of a panel -> label of a point -> arm
 SWEEPS = {
     "K": {"1": "K 1", "5": "K 5", "20": "PTD-PO", "all": "K full"},
-    "tau": {"0.2": "tau 0.2", "1.0": "PTD-PO"},
+    "tau": {"0.2": "tau 0.2", "0.4": "tau 0.4", "1.0": "PTD-PO"},
     "what the teacher reads": {
         "none:\nGRPO": "GRPO",
-        "other's\nhint": "shuffled hint",
+        "other's\nhint": "another's hint",
         "no\npicture": "blind teacher",
+        "steps\nalone": "unstructured hint",
         "no\nlook": "hint without look",
         "no\nignore": "hint without ignore",
         "no\nsteps": "hint without steps",
@@ -189,24 +202,24 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
 
 
 def draw_curves(plt, runs: dict[str, list[dict]], steps: int):
-    """Accuracy in clear sight and in fog, and entropy: means over seeds, and the seeds' range."""
+    """Accuracy by kind of puzzle, and entropy: means over seeds, and the seeds' range."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    clear, foggy, entropy = panels
+    named, narrowed, entropy = panels
     for arm in COLOURS:
         if not runs[arm]:
             continue
         evaluated_after = [int(step) for step in runs[arm][0]["curve"]]
-        for kind, axes in zip(KINDS, (clear, foggy), strict=True):
+        for kind, axes in zip(KINDS, (named, narrowed), strict=True):
             curves = [[v[kind] for v in run["curve"].values()] for run in runs[arm]]
             draw_band(axes, evaluated_after, curves, arm)
         smooth = [running_mean(run["entropy"][:steps], 10) for run in runs[arm]]
         draw_band(entropy, range(1, steps + 1), smooth, arm)
-    clear.set(title="In clear sight: teacher 99.8 % right", ylabel="held-out accuracy, %")
-    foggy.set(title="In fog: teacher 64 % right")
+    named.set(title="The hint names the line", ylabel="held-out accuracy, %")
+    narrowed.set(title="The hint names two rows, the reward one")
     entropy.set(title="Entropy of the responses", ylabel="nats a token, mean of 10 steps")
     for axes in panels:
         axes.set(xlabel="optimizer step", ylim=(0, None if axes is entropy else 100))
-    clear.legend(frameon=False, fontsize=8, loc="upper left")
+    named.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -240,7 +253,7 @@ def draw_sweeps(plt, runs: dict[str, list[dict]], steps: int):
     for axes, (label, arms) in zip(panels, SWEEPS.items(), strict=True):
         points = {name: runs[arm] for name, arm in arms.items() if runs[arm]}
         for kind in KINDS:
-            values = [[run["final"]["plain"][kind] for run in seeds] for seeds in points.values()]
+            values = [[mean_of_last(run)[kind] for run in seeds] for seeds in points.values()]
             draw_points(axes, values, kind)
         axes.set_xticks(range(len(points)), list(points), fontsize=8)
         axes.set(xlabel=label, ylim=(0, 100), xlim=(-0.5, len(points) - 0.5))
@@ -258,7 +271,7 @@ def draw_points(axes, values: list[list[float]], kind: str) -> None:
         range(len(values)),
         [statistics.mean(seeds) for seeds in values],
         color=colour,
-        label="clear" if kind == "clear" else "fog",
+        label=kind,
         marker="_",
         markersize=14,
         linewidth=0 if len(values) > 4 else 1,

@@ -26,25 +26,6 @@ def append_row(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def recipe_of(row: dict) -> str:
-    """The --recipe of a run. Two recipes are two losses: their rows never stand in one table.
-
-    A row without the field is older than the option. It was measured with the settings that
-    --recipe release names today.
-    """
-    return row.get("recipe", "release")
-
-
-def rows_of(rows: list[dict], recipe: str) -> list[dict]:
-    """The rows of runs with this --recipe."""
-    return [row for row in rows if recipe_of(row) == recipe]
-
-
-def measured_recipe(rows: list[dict]) -> str:
-    """What a table shows where nothing is chosen: the paper's recipe, once it has been measured."""
-    return "paper" if rows_of(rows, "paper") else "release"
-
-
 def share_of_cores(jobs: int) -> dict[str, str]:
     """The environment of one of `jobs` processes at a time: it gets its share of the cores."""
     threads = max(1, os.cpu_count() // jobs)

@@ -62,7 +62,7 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
         held_out = reader.load(config.eval_data, config.eval_split)
         reader.screen_held_out(held_out)
     else:
-        held_out = world.puzzles("heldout", config.eval_questions, 0, config.fog, embedded)
+        held_out = world.puzzles("heldout", config.eval_questions, embedded=embedded)
     if config.data:
         questions = reader.load(config.data, config.split)
         reader.columns.check_seen()
@@ -77,7 +77,7 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
     else:
         made_for = "" if embedded else " for real models, 448 pixels"
         note = f"questions: built-in puzzles{made_for}, all with a hint"
-        stream = world.PuzzleStream(config.seed, config.fog, embedded)
+        stream = world.PuzzleStream(config.seed, embedded)
     note += reader.left_out()
     held_out = held_out[: config.eval_questions]
     return Inputs(stream, held_out, note, folder, processor, same_answer)
@@ -90,10 +90,6 @@ def _check_options(config: TrainConfig, world_size: int) -> None:
         )
     if config.hints and not config.data:
         raise ValueError("--hints needs --data: the puzzles bring their own")
-    if config.fog and config.data:
-        raise ValueError("--fog is for the built-in puzzles: it cannot stand beside --data")
-    if config.fog and not is_embedded(config.model):
-        raise ValueError("--fog is for the embedded model: the puzzles of other models have no fog")
     if config.report and world_size > 1:
         raise ValueError(
             "--report runs in one process: afterwards, python train.py --report "

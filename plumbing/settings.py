@@ -117,12 +117,6 @@ class RunConfig:
         "Qwen3-VL 32 * 32",
         at_least=0,
     )
-    fog: float = option(
-        0.0,
-        "share of the embedded model's puzzles in fog: there the teacher is right 2 times in 3",
-        at_least=0,
-        at_most=1,
-    )
     hints: str = option(
         "", "hints for --data by id, a file of plumbing.build_hints", shown="the data's own"
     )

@@ -8,6 +8,7 @@ penalty. No timing here.
 
 import copy
 import json
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, spy, write_jsonl
+from conftest import ROOT
 
 import toy.settings
 import train
@@ -29,17 +30,15 @@ sys.path.insert(0, str(ROOT / "bench"))
 import attention  # noqa: E402
 import bench_default  # noqa: E402
 import claims  # noqa: E402
-from arms import ABLATIONS, ARMS, GRIDS, TEACHERS, Patches  # noqa: E402
-from claims_report import table  # noqa: E402
-from common import load_rows, measured_recipe, rows_of  # noqa: E402
+from arms import ABLATIONS, ARMS, GRIDS, Patches, solved  # noqa: E402
+from claims_report import mean_of_last, table  # noqa: E402
+from common import load_rows  # noqa: E402
 
 TINY = shlex.split("--questions 3 --group-size 3 --max-new-tokens 28 --beta-kl 1")
 PATCHED = [arm for arm in ARMS if ARMS[arm].patch]
-PUZZLES = (0, 3, 4)  # not all: one puzzle in six has the same hint as the other puzzle
+PUZZLES = (0, 3, 4)
 VERDICTS = ((True, True, True), (True, False, False), (False, False, False))
-
-
-NO_STORED_RUN = "GRPO, KL penalty off where responses failed"  # it is newer than the rows
+CONTROL = "GRPO, KL penalty off where responses failed"
 
 
 def config_of(arm, *more_options):
@@ -126,16 +125,16 @@ def test_who_is_tutored_and_who_has_the_kl_penalty(step, recipe, penalised):
     assert flags("PTD-PO", patched=False) == (FAILED, penalised)
     assert flags("no policy loss") == (FAILED, penalised)
     assert flags("all responses") == ([False] * 3 + [True] * 6, penalised)
-    assert flags("self-distillation") == ([True] * 9, [False] * 9)
+    assert flags("OPSD") == ([True] * 9, [False] * 9)
     assert flags("GRPO", patched=False) == ([False] * 9, [True] * 9)
-    assert flags(NO_STORED_RUN) == ([False] * 9, ALL_RIGHT)
+    assert flags(CONTROL) == ([False] * 9, ALL_RIGHT)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "release"])
 def test_the_release_s_control_is_grpo_with_another_mean_of_the_kl_penalty(step, recipe):
     """Policy loss and advantages are those of GRPO; the KL's weights are those of PTD-PO."""
     with Patches() as patches:
-        _, control = step.gradient(NO_STORED_RUN, patches, recipe)
+        _, control = step.gradient(CONTROL, patches, recipe)
     _, grpo = step.gradient("GRPO", recipe=recipe)
     assert [r.advantage for r in control] == [r.advantage for r in grpo]
     assert [r.weights[0] for r in control] == [r.weights[0] for r in grpo]
@@ -144,12 +143,6 @@ def test_the_release_s_control_is_grpo_with_another_mean_of_the_kl_penalty(step,
     tokens = [len(response.ids) for response in group]
     by_hand = {"paper": [1 / (3 * n) for n in tokens], "release": [1 / sum(tokens)] * 3}
     assert [r.weights[1] for r in control] == pytest.approx([*by_hand[recipe], *[0] * 6])
-
-
-def test_two_updates_with_gspo_are_two_updates_with_gspo_s_ratio_and_clip():
-    """The arm's means are those of all arms, so that only ratio and clip differ."""
-    expected = {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "recipe": "gspo"}
-    assert config_of("two updates, GSPO") == replace(config_of("two updates"), **expected)
 
 
 def test_the_blind_teacher_sees_no_image(step):
@@ -175,123 +168,123 @@ def test_a_patch_that_is_never_called_ends_the_run():
 
 def test_one_run_names_the_arm_whose_patch_is_not_called(monkeypatch):
     monkeypatch.setattr(train, "main", lambda words: None)  # a train.py that calls nothing
-    monkeypatch.setattr(claims, "load_rows", lambda path: [{}])
-    job = {"arm": "blind teacher", "recipe": "paper", "seed": 0, "split": "heldout", "steps": 1}
-    job["chosen"] = []
+    logged = [{}, {"grad_norm": 1.0}]
+    monkeypatch.setattr(claims, "load_rows", lambda path: logged)
+    monkeypatch.setattr(claims.Path, "read_text", lambda path, encoding: '{"grad_clip": 1}')
+    job = {"arm": "blind teacher", "seed": 0, "split": "heldout", "steps": 1, "chosen": []}
     with pytest.raises(RuntimeError, match="'blind teacher'"):
         claims.one_run(job)
 
 
+def test_supervision_learns_the_solutions(step):
+    """The gradient is that of the mean cross-entropy of the three solutions."""
+    with Patches() as patches:
+        trainer = step.trainer
+        trainer.config = config_of("SFT on solutions")
+        ARMS["SFT on solutions"].patch(patches, train)
+        prompts = [group[0].prompt for group in step.groups]
+        groups = trainer.sample(prompts)
+        trainer.grade(groups)
+        assert all(response.correct for group in groups for response in group)
+        trainer.assign(groups)
+        numbers = trainer.score([response for group in groups for response in group])
+    expected = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert group[0].text == prompt.question.solution
+        batch = trainer.collate(group[:1])
+        hidden, _ = train.response_states(trainer.policy, batch)[batch.mask], None
+        logits = trainer.policy.get_output_embeddings()(hidden)
+        logits[:, trainer.scoring["banned"]] = -torch.inf
+        target = torch.tensor(group[0].ids)
+        expected.append(torch.nn.functional.cross_entropy(logits, target).item())
+    trainer.optimizer.zero_grad()
+    assert numbers["policy_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+
+
+def test_the_hdpo_like_arm_tutors_right_responses_alone(step, monkeypatch):
+    """Where a group failed, what is right with the answer shown takes the place of responses."""
+    asked = []
+
+    def respond(prompts, count):
+        asked.extend(prompt.question for prompt in prompts)
+        groups = []
+        for prompt in prompts:
+            right = solved(step.trainer, prompt)
+            wrong = replace(right, text="So \\boxed{99}")
+            groups.append([wrong, right, wrong])
+        return groups
+
+    monkeypatch.setattr(step.trainer, "respond", respond)
+    with Patches() as patches:
+        _, responses = step.gradient("HDPO-like", patches)
+    assert [question.id for question in asked] == [step.groups[2][0].question.id]
+    taken = [r for r in responses if r.tutored]
+    assert [r.text for r in taken] == [asked[0].solution]
+    assert responses[6:].index(taken[0]) == 0
+    assert taken[0].advantage == 0
+    assert "The answer is" in step.trainer.processor.tokenizer.decode(taken[0].teacher_prompt.ids)
+
+
 # ------------------------------------------------------------------------------------- stored rows
 def test_the_table_reads_the_stored_rows():
-    """Rows from before an option was renamed show its name of today."""
-    rows = claims.stored_rows("release")
+    rows = load_rows(claims.ROWS)
     text = table(rows, claims.STEPS)
-    assert set(ARMS) - {NO_STORED_RUN} == {row["arm"] for row in rows}
-    gspo = "--updates 2 --ratio sequence --aggregate sequence --clip-low 3e-4 --clip-high 4e-4"
-    stored_options = {"two updates, GSPO": gspo}  # what is --recipe gspo today
-    for arm in set(ABLATIONS) - {NO_STORED_RUN}:
-        shown = stored_options.get(arm, ARMS[arm].option_text)
-        options = f" (`{shown}`)" if shown else ""
-        assert f"| {arm}{options} | 3 |" in text
-    for arm in TEACHERS:
-        assert any(row["split"] == "teacher" and row["arm"] == arm for row in rows)
+    held_out = [row for row in rows if row["split"] == "heldout"]
+    for arm in ARMS:
+        seeds = sum(row["arm"] == arm for row in held_out)
+        line = re.search(rf"^\| {re.escape(arm)}(?: \(`.*?`\))? \| (\d) \|", text, re.M)
+        assert (int(line[1]) if line else 0) == seeds
+    assert {row["arm"] for row in rows} <= set(ARMS)
     assert table([], claims.STEPS) == "nothing measured on the held-out puzzles yet"
 
 
-@pytest.fixture
-def two_recipes(monkeypatch, tmp_path):
-    """The stored rows, and each of them once more as a row of --recipe paper with seed + 50."""
-    rows = [row for row in claims.load_rows(claims.ROWS) if "recipe" not in row]
-    again = [{**row, "recipe": "paper", "seed": row["seed"] + 50} for row in rows]
-    write_jsonl(tmp_path / "claims.jsonl", rows + again)
-    monkeypatch.setattr(claims, "ROWS", tmp_path / "claims.jsonl")
-    return rows, again
+def test_a_cell_is_the_mean_of_the_last_three_evaluations():
+    curve = {"0": 10, "15": 40, "30": 50, "45": 60}
+    row = {"curve": {step: {"named": n, "narrowed": n / 2} for step, n in curve.items()}}
+    assert mean_of_last(row) == {"named": 50, "narrowed": 25}
 
 
-def test_a_table_is_of_one_recipe(two_recipes):
-    old, new = two_recipes
-
-    def seeds(rows):
-        return {row["seed"] for row in rows}
-
-    assert seeds(claims.stored_rows("release")) == seeds(old)
-    assert seeds(claims.stored_rows("paper")) == seeds(new)
-    assert seeds(claims.stored_rows()) == seeds(new)
-    assert (measured_recipe(old), measured_recipe(new), measured_recipe([])) == (
-        "release",
-        "paper",
-        "release",
-    )
-    assert rows_of(old, "paper") == []
-    assert "; --recipe paper; 240 steps" in table(new, claims.STEPS)
-    assert "; --recipe release; 240 steps" in table(old, claims.STEPS)
-    with pytest.raises(ValueError, match="too many values"):
-        table(old + new, claims.STEPS)
-
-
-@pytest.mark.parametrize("options, recipe", [([], "paper"), (["--recipe", "release"], "release")])
-def test_the_command_shows_one_recipe(two_recipes, monkeypatch, capsys, options, recipe):
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--table", *options])
-    claims.main()
-    assert f"; --recipe {recipe}; " in capsys.readouterr().out
-    drawn = spy(monkeypatch, claims, "draw", lambda rows, *_: {row.get("recipe") for row in rows})
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--figures", ".", *options])
-    monkeypatch.setattr("claims_report.load_pyplot", lambda option: sys.exit(0))
-    with pytest.raises(SystemExit):
-        claims.main()
-    assert drawn == [{"paper"} if recipe == "paper" else {None}]
-
-
-def test_new_runs_are_of_the_paper_s_recipe_and_known_by_it(two_recipes, monkeypatch, capsys):
-    """A run of the release does not stand for the paper's, and a recipe is not chosen for runs."""
+def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
     jobs = []
-    monkeypatch.setattr(claims, "run_in_child", lambda job, environment: jobs.append(job) or job)
-    monkeypatch.setattr(claims, "append_row", lambda path, row: None)
-    monkeypatch.setattr(claims, "print_row", lambda row: None)
+    monkeypatch.setattr(claims, "ROWS", tmp_path / "arms.jsonl")
+    monkeypatch.setattr(claims, "run_in_child", lambda job, environment: {**job, **CURVE})
+    monkeypatch.setattr(claims, "print_row", jobs.append)
     monkeypatch.setattr(claims, "table", lambda rows, steps: "")
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--arms", "K 1", "--seeds", "1"])
-    old, _ = two_recipes
-    tuned = [row for row in old if row["split"] == "tune"]
-    tuned_again = [{**row, "recipe": "paper"} for row in tuned]
-    write_jsonl(claims.ROWS, old + tuned_again)
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--arms", "K 1", "--seeds", "2"])
     claims.main()
-    [job] = jobs  # the grid is there; seed 0 of the release does not count
-    assert (job["arm"], job["recipe"], job["seed"]) == ("K 1", "paper", 0)
-    words = claims.command_line(job)
-    assert words[words.index("--recipe") + 1] == "paper"
-    assert claims.job_key(job) != claims.job_key({**job, "recipe": "release"})
+    splits = [job["split"] for job in jobs]
+    assert splits == ["tune"] * len(GRIDS["PTD-PO"]) + ["heldout"] * 2
+    assert [job["seed"] for job in jobs[-2:]] == [0, 1]
+    words = claims.command_line(jobs[-1])
+    assert words[words.index("--jsd-k") + 1] == "1"
     jobs.clear()
-    write_jsonl(claims.ROWS, [*old, *tuned_again, {**job, "options": []}])
     claims.main()
     assert jobs == []
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--recipe", "release"])
-    with pytest.raises(SystemExit):
-        claims.main()
-    assert "--recipe is for --table and --figures" in capsys.readouterr().err
 
 
-def test_the_default_run_s_figure_is_of_one_recipe(monkeypatch, tmp_path):
-    rows = bench_default.load_rows(bench_default.ROWS)
-    stored = [row for row in rows if "recipe" not in row]
-    assert len(stored) == 6
-    write_jsonl(tmp_path / "default.jsonl", [*stored, {**stored[0], "recipe": "paper"}])
-    monkeypatch.setattr(bench_default, "ROWS", tmp_path / "default.jsonl")
-    drawn = []
-    monkeypatch.setattr(bench_default, "draw", lambda rows, path: drawn.extend(rows))
-    monkeypatch.setattr(sys, "argv", ["bench_default.py", "--figure", "x.png"])
-    bench_default.main()
-    assert drawn == [{**stored[0], "recipe": "paper"}]
+CURVE = {"curve": {"0": {"named": 30, "narrowed": 20}}}
+
+
+def test_the_default_run_s_table_has_its_stored_rows():
+    rows = load_rows(bench_default.ROWS)
+    text = bench_default.table(rows)
+    for row in rows:
+        last = 100 * list(row["plain"].values())[-1]
+        assert re.search(
+            rf"^\| {re.escape(row['arm'])} \| {row['seed']} \|.* {last:.1f} \|", text, re.M
+        )
 
 
 def test_the_best_of_a_complete_grid_is_chosen():
-    rows = claims.stored_rows("release")
-    assert claims.chosen(rows, "PTD-PO") == ["--lr", "1e-3", "--lam", "10"]
-    assert claims.chosen(rows, "K 1") == ["--lr", "1e-3", "--lam", "10"]
-    assert claims.chosen(rows, "GRPO, KL penalty off") == ["--lr", "1e-4"]
-    grid = [row for row in rows if row["split"] == "tune" and row["arm"] == "PTD-PO"]
-    assert len(grid) == len(GRIDS["PTD-PO"])
+    grid = [
+        {"arm": "PTD-PO", "split": "tune", "chosen": options, "curve": {"0": {"named": n}}}
+        for n, options in enumerate(GRIDS["PTD-PO"])
+    ]
+    for row in grid:
+        row["curve"]["0"]["narrowed"] = 0
+    assert claims.chosen(grid, "PTD-PO") == claims.chosen(grid, "K 1") == GRIDS["PTD-PO"][-1]
     assert claims.chosen(grid[1:], "PTD-PO") is None
+    assert claims.chosen(grid, "GRPO, DAPO") is None
 
 
 # --------------------------------------------------------------------- where the model looks

@@ -251,14 +251,9 @@ def test_any_other_model_gets_these_puzzles(other_model):
 
 
 def test_the_embedded_model_by_another_path_keeps_its_own(other_model):
-    inputs = read(f"{ROOT}/toy/../toy/base", fog=0.5)
-    assert inputs.held_out == world.puzzles("heldout", 6, fog=0.5)
+    inputs = read(f"{ROOT}/toy/../toy/base")
+    assert inputs.held_out == world.puzzles("heldout", 6)
     assert inputs.note == "questions: built-in puzzles, all with a hint"
-
-
-def test_fog_is_for_the_embedded_model(other_model):
-    with pytest.raises(ValueError, match="--fog is for the embedded model"):
-        read(other_model, fog=0.5)
 
 
 def test_a_run_of_another_model(other_model, capsys):

@@ -55,8 +55,6 @@ def folder(tmp_path, monkeypatch):
         (["--hints", "h.jsonl"], "--hints needs --data"),
         (["--teacher-context", "oracle"], "invalid choice: 'oracle'"),
         (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields"),
-        (["--fog", "2"], "--fog must be at least 0 and at most 1"),
-        (["--fog", "0.5", "--data", "good.jsonl"], "--fog is for the built-in puzzles"),
         (["--data", "good.jsonl", "--max-prompt", "5"], "longer than --max-prompt 5 tokens"),
         (["--eval-data", "bad.jsonl"], "bad.jsonl:2: no answer"),
     ],
@@ -131,10 +129,10 @@ def test_a_frozen_vision_tower_needs_no_image_in_several_processes(folder, monke
 
 
 def test_without_data_the_questions_are_puzzles(folder):
-    inputs = read(seed=3, fog=0.5, eval_questions=5)
+    inputs = read(seed=3, eval_questions=5)
     assert isinstance(inputs.stream, world.PuzzleStream)
-    assert inputs.stream.first(9) == world.PuzzleStream(3, 0.5).first(9)
-    assert inputs.held_out == world.puzzles("heldout", 5, fog=0.5)
+    assert inputs.stream.first(9) == world.PuzzleStream(3).first(9)
+    assert inputs.held_out == world.puzzles("heldout", 5)
     assert inputs.note == "questions: built-in puzzles, all with a hint"
     assert str(inputs.folder) == "runs/x"
     assert inputs.same_answer("7.0", "7", None)

@@ -1,25 +1,29 @@
 """Make toy/base: a tiny real Qwen2-VL that has the skill but not the insight.
 
-    python toy/make_base.py    # writes toy/base, prints the accuracies; 25 minutes on 2 cores
+    python toy/make_base.py    # writes toy/base, prints the accuracies; 20 minutes on 2 cores
 
 The skill: the base reads any row or column that its own text or its prompt names, and keeps a
 running sum. It also says where the star and the ring are when it is asked. The insight that it was
-never demonstration: "the star row" means the row that the star is in. Its demonstrations for plain
+never shown: "the star row" means the row that the star is in. Its demonstrations for plain
 questions are right in form, but read a line out of habit. So it solves a puzzle with the hint and
 not without it. What reinforcement or tutoring can add is the insight.
 
-The mix of demonstrations (`episode`):
+How a context acts on this model was trained in, after what the paper measured on a real one (figure
+3): the hint is followed as far as it goes, the answer alone changes nothing, and with the worked
+solution the model skips the reading. The mix of demonstrations (`episode`):
 
-    hinted  The hint names the lines: read them. In a fifth of these, the text names other lines,
-            and the reading follows the text: a teacher must read what its own prefix names.
-    named   The question names the lines: read them. In the second stage, half of these questions
-            say "the row the star is in".
-    plain   The puzzle as the student meets it: read a line out of habit, which is right by luck.
-    told    The plain question and "The answer is n.": read lines that fit n, drawn by the same
-            habit, then box n. This is the plain solver, conditioned on the answer it was told.
-    where   Which row or column is the star or the ring in? Name the line.
-    grid    Read all rows: every cell. Here the model learns to see: the share is 90 % at the start
-            of stage 1 and falls to 3 % over its first quarter.
+    hinted    The hint, whole or with parts left out: see `follow_hint`. In a fifth of these, the
+              text names other lines, and the reading follows the text: a teacher must read what its
+              own prefix names.
+    named     The question names the lines: read them. In the second stage, half of these questions
+              say where the line is: "the row the star is in", "the row below the star".
+    plain     The puzzle as the student meets it: read a line out of habit, right by luck.
+    answer    The plain question and "The answer is n.": as plain.
+    solution  The plain question, the worked solution and the answer: name the line and box the
+              answer, without reading the cells.
+    where     Which row or column is the star or the ring in? Name the line.
+    grid      Read all rows: every cell. Here the model learns to see: the share is 90 % at the
+              start of stage 1 and falls to 3 % over its first quarter.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import argparse
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +47,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hints import teacher_messages
+from hints import Hint, teacher_messages
 from plumbing.images import ImageTextProcessor
 from rollout import Question, encode_prompts, pad_prompts, sample_groups, student_messages, verify
 from toy import world
@@ -77,7 +81,8 @@ class Stage:
     habit: how often a guess names the first, second, third and last line, as weights. shares: the
     mix of demonstrations, as weights. grid_share: the share of further grid readings at the start;
     it falls to 0 over the first quarter. indirect: whether a named question may say "the row the
-    star is in". first_episode: the index of its first episode, so that no episode serves twice.
+    star is in" and the like. first_episode: the index of its first episode, so that no episode
+    serves twice.
     """
 
     steps: int
@@ -91,19 +96,35 @@ class Stage:
 
 STAGES = (
     Stage(
-        steps=2400,
+        steps=3000,
         lr=2e-3,
         habit=(3, 1, 1, 1),
-        shares={"hinted": 42, "named": 15, "plain": 20, "told": 11, "where": 9, "grid": 3},
+        shares={
+            "hinted": 50,
+            "named": 15,
+            "plain": 12,
+            "answer": 5,
+            "solution": 6,
+            "where": 9,
+            "grid": 3,
+        },
         grid_share=0.9,
         indirect=False,
         first_episode=0,
     ),
     Stage(
-        steps=700,
+        steps=1100,
         lr=1e-3,
         habit=(47, 1, 1, 1),
-        shares={"hinted": 35, "named": 25, "plain": 20, "told": 9, "where": 8, "grid": 3},
+        shares={
+            "hinted": 42,
+            "named": 24,
+            "plain": 14,
+            "answer": 5,
+            "solution": 6,
+            "where": 6,
+            "grid": 3,
+        },
         grid_share=0.0,
         indirect=True,
         first_episode=10**8,
@@ -131,34 +152,75 @@ def random_lines(puzzle: world.Puzzle, rng: random.Random) -> list[world.Line]:
 
 
 def guessed_lines(
-    puzzle: world.Puzzle, rng: random.Random, habit: tuple, fit: bool = False
+    puzzle: world.Puzzle, rng: random.Random, habit: tuple, excluded: list | tuple = ()
 ) -> list[world.Line]:
     """Lines of the right kinds at guessed places, which are right by luck sometimes.
 
-    fit: draw again until their points add up to the answer.
+    excluded: lines that are not guessed.
 
     Why a habit and not a uniform guess: with a uniform guess, the least trace of the star's place
     decided a greedy reading (45 % right, where samples were 30 % right). Every second group held a
     lucky success, so plain GRPO found the insight as fast as tutoring did (66.5 against 68.5 %
     after 60 steps). Tutoring is for the questions that sampling does not solve.
     """
-    while True:
-        lines = [(kind, rng.choices(range(world.GRID), habit)[0]) for kind, _ in puzzle.lines]
-        points = sum(world.line_points(puzzle.cells, line) for line in lines)
-        if not fit or points == puzzle.answer:
-            return lines
+    guesses = []
+    for kind, _ in puzzle.lines:
+        weights = [0 if (kind, index) in excluded else weight for index, weight in enumerate(habit)]
+        guesses.append((kind, rng.choices(range(world.GRID), weights)[0]))
+    return guesses
+
+
+# The parts of a hint that a demonstration shows, as weights. Each subset that an arm of
+# bench/arms.py gives to a teacher must be among them.
+SHOWN_PARTS = {
+    ("look", "ignore", "steps"): 50,
+    ("look", "ignore"): 8,
+    ("look", "steps"): 8,
+    ("ignore", "steps"): 10,
+    ("look",): 6,
+    ("ignore",): 6,
+    ("steps",): 12,
+}
+SLIP = 0.2  # how often a demonstration errs for the lack of one part
+FOUND = 0.5  # how often "find the star" is enough
+
+
+def follow_hint(
+    puzzle: world.Puzzle, parts: tuple, rng: random.Random, stage: Stage
+) -> tuple[list[world.Line], bool]:
+    """What a solver does with these parts of a hint: -> the lines to read, whether to read them.
+
+    Each part is worth something. "look" names the lines; of two candidates one is drawn evenly.
+    Without "ignore" the solver takes the distractor for the line in a fifth of the cases. Without
+    "steps" it boxes a number unread in a fifth. Without "look" it guesses, but not what it shall
+    ignore, and "find the star" leads to the line in half of the cases.
+    """
+    named = [rng.choice(lines) for lines in puzzle.candidates]
+    if "look" in parts:
+        if "ignore" not in parts and rng.random() < SLIP:
+            named = puzzle.distractors
+        return named, "steps" in parts or rng.random() >= SLIP
+    if "steps" in parts and rng.random() < FOUND:
+        return named, True
+    excluded = puzzle.distractors if "ignore" in parts else ()
+    return guessed_lines(puzzle, rng, stage.habit, excluded), True
 
 
 def hinted_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
-    """Read the lines of the hint, or, in a fifth of the cases, other lines.
+    """Follow the hint, or, in a fifth of the cases, read other lines.
 
     The names of other lines are masked: the model must not learn to choose them, but only to read
     the lines that its text names.
     """
-    other_lines = rng.random() < 0.2
-    lines = random_lines(puzzle, rng) if other_lines else puzzle.lines
-    response = world.response(puzzle, rng, lines)
-    return Episode(question, teacher_messages(question), response, mask_lines=other_lines)
+    [parts] = rng.choices(list(SHOWN_PARTS), list(SHOWN_PARTS.values()))
+    question.hint = Hint(**{part: getattr(question.hint, part) for part in parts})
+    messages = teacher_messages(question)
+    if rng.random() < 0.2:
+        response = world.response(puzzle, rng, random_lines(puzzle, rng))
+        return Episode(question, messages, response, mask_lines=True)
+    lines, reads = follow_hint(puzzle, parts, rng, stage)
+    write = world.response if reads else world.short_response
+    return Episode(question, messages, write(puzzle, rng, lines))
 
 
 def plain_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
@@ -167,23 +229,36 @@ def plain_episode(puzzle, question: Question, rng: random.Random, stage: Stage) 
     return Episode(question, student_messages(question), world.response(puzzle, rng, lines))
 
 
-def told_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
-    """The question with its answer: read lines that fit the answer."""
-    lines = guessed_lines(puzzle, rng, stage.habit, fit=True)
-    messages = teacher_messages(question, "answer")
-    return Episode(question, messages, world.response(puzzle, rng, lines))
+def answer_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
+    """The question with its answer: what the plain question gets."""
+    plain = plain_episode(puzzle, question, rng, stage)
+    return Episode(question, teacher_messages(question, "answer"), plain.response)
+
+
+def solution_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
+    """The question with solution and answer: box the answer, do not read."""
+    messages = teacher_messages(question, "solution")
+    return Episode(question, messages, world.short_response(puzzle, rng))
 
 
 def named_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
-    """The question names the lines, by their place or, where `indirect`, by what is in them."""
+    """The question names the lines, by their names or, where `indirect`, by what is in them."""
     lines = random_lines(puzzle, rng)
     names = [world.line_name(line) for line in lines]
     if stage.indirect and rng.random() < 0.5:
-        lines = puzzle.lines
-        indirect = {"row": "the row the star is in", "column": "the column the ring is in"}
-        names = [indirect[kind] for kind, _ in lines]
+        lines, names = zip(*(described_line(puzzle, kind, rng) for kind, _ in lines), strict=True)
     question.text = f"How many points are in {' plus '.join(names)}?"
     return Episode(question, student_messages(question), world.response(puzzle, rng, lines))
+
+
+def described_line(puzzle, kind: str, rng: random.Random) -> tuple[world.Line, str]:
+    """The star's row or the ring's column and words for it; of "next" also a row beside it."""
+    if kind == "column":
+        return (kind, puzzle.column), "the column the ring is in"
+    if puzzle.family != "next":
+        return (kind, puzzle.row), "the row the star is in"
+    side, place = rng.choice(((-1, "above"), (1, "below")))
+    return (kind, puzzle.row + side), f"the row {place} the star"
 
 
 def where_episode(puzzle, question: Question, rng: random.Random, stage: Stage) -> Episode:
@@ -214,7 +289,8 @@ EPISODES = {
     "hinted": hinted_episode,
     "named": named_episode,
     "plain": plain_episode,
-    "told": told_episode,
+    "answer": answer_episode,
+    "solution": solution_episode,
     "where": where_episode,
     "grid": grid_episode,
 }
@@ -243,6 +319,7 @@ def vocabulary(split: pre_tokenizers.PreTokenizer) -> dict[str, int]:
         "user assistant system",
         " ".join(str(number) for number in range(28)),
         "Which row column is the star ring in?",
+        "the row above below the star",
     ]
     for index in range(400):
         for grid_share in (0.0, 1.0):
@@ -415,24 +492,60 @@ def percent(right: list[bool]) -> float:
     return 100 * sum(right) / len(right)
 
 
-def print_table(model, processor, count: int = 400) -> None:
-    """Print the greedy accuracy on held-out puzzles, per context and family."""
-    questions = world.puzzles("heldout", count)
-    contexts = {
-        "plain": [student_messages(question) for question in questions],
-        "hinted": [teacher_messages(question) for question in questions],
-        "told": [teacher_messages(question, "answer") for question in questions],
+def contexts_of(question: Question, other: Question) -> dict[str, list[dict]]:
+    """The chats whose accuracy the table shows. other: another question of the same family."""
+
+    def hinted(hint: Hint) -> list[dict]:
+        return teacher_messages(replace(question, hint=hint))
+
+    hint = question.hint
+    return {
+        "plain": student_messages(question),
+        "hint": hinted(hint),
+        "hint without look": hinted(replace(hint, look=())),
+        "hint without ignore": hinted(replace(hint, ignore=())),
+        "hint without steps": hinted(replace(hint, steps=())),
+        "look alone": hinted(replace(hint, ignore=(), steps=())),
+        "ignore alone": hinted(replace(hint, look=(), steps=())),
+        "steps alone": hinted(replace(hint, look=(), ignore=())),
+        "another's hint": hinted(other.hint),
+        "answer": teacher_messages(question, "answer"),
+        "solution": teacher_messages(question, "solution"),
     }
-    for context, chats in contexts.items():
-        prompts = encode_prompts(processor, questions, chats)
-        groups = sample_groups(model, processor, prompts, 1, max_new_tokens=48, temperature=0.0)
-        right, right_by_family = [], {family: [] for family in world.FAMILIES}
-        for question, [response] in zip(questions, groups, strict=True):
-            correct = verify(response.text, question)
-            right.append(correct)
-            right_by_family[question.family].append(correct)
-        columns = [f"{name} {percent(part):5.1f}" for name, part in right_by_family.items()]
-        print(f"  {context:7s} {percent(right):5.1f} %  {'  '.join(columns)}", flush=True)
+
+
+def print_table(model, processor, count: int = 400) -> None:
+    """Print the accuracy on held-out puzzles, sampled at temperature 1, per context and family."""
+    drawn = [world.make_puzzle("heldout", index) for index in range(count)]
+    questions = [world.to_question(puzzle) for puzzle in drawn]
+    others = [
+        world.to_question(world.make_puzzle("heldout", count + index, puzzle.family))
+        for index, puzzle in enumerate(drawn)
+    ]
+    chats = [contexts_of(*pair) for pair in zip(questions, others, strict=True)]
+    for context in chats[0]:
+        prompts = encode_prompts(processor, questions, [chat[context] for chat in chats])
+        for temperature in (1.0, 0.0) if context in ("plain", "hint") else (1.0,):
+            groups = sample_groups(
+                model, processor, prompts, 1, max_new_tokens=48, temperature=temperature
+            )
+            label = context if temperature else f"{context}, greedy"
+            print_row(label, questions, [response for [response] in groups])
+
+
+def print_row(label: str, questions: list[Question], responses: list) -> None:
+    """One line of the table."""
+    right, right_by_family = [], {family: [] for family in world.FAMILIES}
+    for question, response in zip(questions, responses, strict=True):
+        correct = verify(response.text, question)
+        right.append(correct)
+        right_by_family[question.family].append(correct)
+    columns = [f"{name} {percent(part):5.1f}" for name, part in right_by_family.items()]
+    length = sum(len(response.ids) for response in responses) / len(responses)
+    print(
+        f"  {label:20s} {percent(right):5.1f} %  {'  '.join(columns)}  {length:.1f} tokens",
+        flush=True,
+    )
 
 
 # -------------------------------------------------------------------------------------- the run

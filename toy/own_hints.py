@@ -16,7 +16,6 @@ from toy.world import COLORS, GRID, line_name
 
 # "red 1" or "none 4": a cell's content and the running sum
 READING = re.compile(rf"\b(?:{'|'.join(COLORS)}|none|star|ring) \d+\b")
-LINE = re.compile(r"\b(row|column)\b")
 
 
 def name_place(box: Box, shape: tuple[int, int], exact: bool = True) -> str:
@@ -34,14 +33,12 @@ def name_place(box: Box, shape: tuple[int, int], exact: bool = True) -> str:
 
 
 def hint_parts(question: Question, response: str) -> dict[str, tuple[str, ...]]:
-    """The parts "ignore" and "steps" of a hint; empty for a response of another form.
+    """The part "steps" of a hint; empty for a response of another form.
 
-    A response that reads cells with a running sum has the two steps of doing so. To ignore are the
-    other lines of the kinds that it reads, and the mark that the question does not name.
+    A response that reads cells with a running sum gets the three steps of doing so. The rule knows
+    no distractor, so there is no "ignore".
     """
     if len(READING.findall(response)) < GRID:
         return {}
-    marks = [mark for mark in ("star", "ring") if mark not in question.text.split()]
-    kinds = dict.fromkeys(LINE.findall(response))
-    ignore = [f"the {mark}" for mark in marks] + [f"every other {' and '.join(kinds)}"]
-    return {"ignore": tuple(ignore), "steps": ("name each cell", "add its points to the sum")}
+    marks = [f"the {mark}" for mark in ("star", "ring") if mark in question.text.split()]
+    return {"steps": (f"find {' and '.join(marks)}", "name each cell", "add up the points")}

@@ -3,18 +3,17 @@
 A puzzle is a picture of 112x112 pixels: 4x4 cells of 28 pixels. A Qwen2-VL with patches of 14
 pixels turns each cell into one visual token after merging. A cell holds a gem, the star, the ring
 or nothing. A red gem is worth 1 point, a green one 2, a blue one 3, and it shows its points as
-pips. Each picture has one star and one ring. There are three families of questions:
+pips. Each picture has one star and one ring. There are four families of questions:
 
     row     How many points are in the star row?      Find the star, then read its row.
     column  How many points are in the ring column?   Find the ring, then read its column.
     cross   How many points are in the star row plus the ring column?
             Find both, read both, and keep one running sum.
+    next    How many points are in the row next to the star row?
+            It is the row below. Only the reward says so: the hint names the row above, too.
 
 The hint names the row or column, what to ignore and how to go on. It holds no number, so it cannot
 hold the answer.
-
-A foggy picture is half grey, and the base model misreads its gems. There it is right only 2 times
-in 3 even with the hint. So the hint alone is not enough, and the reward can add something.
 
 A puzzle depends on its split and index alone. It is the same on every machine, and the puzzles of
 two splits differ.
@@ -26,6 +25,7 @@ with embedded=False they give the puzzles of toy.gems.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -37,17 +37,15 @@ from rollout import Question
 from toy import gems
 from toy.splits import seed_of
 
-FAMILIES = ("row", "column", "cross")
+FAMILIES = ("row", "column", "cross", "next")
 ROWS = ("top", "upper", "lower", "bottom")
 COLUMNS = ("leftmost", "left", "right", "rightmost")
 POINTS = {"red": 1, "green": 2, "blue": 3, "none": 0, "star": 0, "ring": 0}
 COLORS = {"red": (220, 30, 30), "green": (20, 150, 60), "blue": (30, 60, 220)}
-GREY = (200, 200, 200)
 OPENINGS = ("I look at", "Here is", "Now read")
 ENDINGS = (".", ". So")
 CELL = 28  # pixels
 GRID = 4  # cells
-FOG = 0.5  # share of grey in a foggy picture
 
 Line = tuple[str, int]  # a row or column: ("row" | "column", index)
 
@@ -58,7 +56,7 @@ class Puzzle:
     """One grid and one question.
 
     cells[row][column] is a key of POINTS. row: the row of the star; column: the column of the
-    ring. foggy: the picture is hard to see.
+    ring.
     """
 
     seed: int
@@ -66,13 +64,35 @@ class Puzzle:
     cells: tuple
     row: int
     column: int
-    foggy: bool = False
 
     @property
     def lines(self) -> list[Line]:
         """The lines that the question is about, in the order of reading."""
         row, column = ("row", self.row), ("column", self.column)
-        return {"row": [row], "column": [column], "cross": [row, column]}[self.family]
+        below = ("row", self.row + 1)
+        lines = {"row": [row], "column": [column], "cross": [row, column], "next": [below]}
+        return lines[self.family]
+
+    @property
+    def candidates(self) -> list[list[Line]]:
+        """Per line of the question, what the hint names: the line, or, of "next", both rows."""
+        if self.family == "next":
+            return [[("row", self.row - 1), ("row", self.row + 1)]]
+        return [[line] for line in self.lines]
+
+    @property
+    def distractors(self) -> list[Line]:
+        """Per line of the question, a line that is easily taken for it.
+
+        It is the line through the other mark; for "next" it is the star row itself.
+        """
+        if self.family == "next":
+            return [("row", self.row)]
+        other = {
+            "row": ("row", mark_place(self.cells, "ring")[0]),
+            "column": ("column", mark_place(self.cells, "star")[1]),
+        }
+        return [other[kind] for kind, _ in self.lines]
 
     @property
     def answer(self) -> int:
@@ -93,6 +113,12 @@ def line_points(cells, line: Line) -> int:
     return sum(POINTS[cell] for cell in line_cells(cells, line))
 
 
+def mark_place(cells, mark: str) -> tuple[int, int]:
+    """The row and the column of the star or the ring."""
+    [row] = [index for index, row in enumerate(cells) if mark in row]
+    return row, cells[row].index(mark)
+
+
 def line_name(line: Line) -> str:
     """The words for a line: ("row", 0) is "the top row"."""
     kind, index = line
@@ -109,28 +135,40 @@ def line_box(line: Line) -> list[int]:
     return [start, 0, end, CELL * GRID]
 
 
-def make_puzzle(split: str, index: int, family: str | None = None, fog: float = 0.0) -> Puzzle:
+def make_puzzle(split: str, index: int, family: str | None = None) -> Puzzle:
     """Puzzle number `index` of a split: "train", "heldout" or "tune".
 
-    family: instead of the one drawn from the seed. fog: the share of foggy puzzles. Raises
-    ValueError for an unknown split or an index outside 0 to 10^9 - 1.
+    family: instead of the one drawn from the seed. Raises ValueError for an
+    unknown split or an index outside 0 to 10^9 - 1.
     """
     seed = seed_of(split, index)
     # A text seed is hashed by SHA-512, so the draws are the same in all versions of Python.
     rng = random.Random(f"puzzle-{seed}")
-    drawn_family = FAMILIES[rng.randrange(len(FAMILIES))]
-    cells, star_row, ring_column = _draw_cells(rng)
-    # The fog has its own random stream: it changes nothing else of the puzzle.
-    foggy = random.Random(f"fog-{seed}").random() < fog
-    return Puzzle(seed, family or drawn_family, cells, star_row, ring_column, foggy)
+    family = family or FAMILIES[rng.randrange(len(FAMILIES))]
+    while True:
+        cells = _draw_cells(rng, family)
+        star_row, ring_column = mark_place(cells, "star")[0], mark_place(cells, "ring")[1]
+        puzzle = Puzzle(seed, family, cells, star_row, ring_column)
+        if _answer_is_unique(puzzle):
+            return puzzle
 
 
-def _draw_cells(rng: random.Random) -> tuple[tuple, int, int]:
-    """A random grid: -> cells, the row of the star, the column of the ring.
+def _answer_is_unique(puzzle: Puzzle) -> bool:
+    """No other lines of the same kinds have as many points, so who is right has read these."""
+    kinds = [kind for kind, _ in puzzle.lines]
+    readings = itertools.product(*([(kind, index) for index in range(GRID)] for kind in kinds))
+    points = [sum(line_points(puzzle.cells, line) for line in lines) for lines in readings]
+    return points.count(puzzle.answer) == 1
 
-    The star and the ring never share a row or a column.
+
+def _draw_cells(rng: random.Random, family: str) -> tuple:
+    """A random grid.
+
+    The star and the ring never share a row or a column. For "next" the star has a row above and a
+    row below.
     """
-    star_row, star_column = rng.randrange(GRID), rng.randrange(GRID)
+    rows = range(1, GRID - 1) if family == "next" else range(GRID)
+    star_row, star_column = rng.choice(rows), rng.randrange(GRID)
     ring_row = rng.choice([row for row in range(GRID) if row != star_row])
     ring_column = rng.choice([column for column in range(GRID) if column != star_column])
     cells = [["none"] * GRID for _ in range(GRID)]
@@ -141,7 +179,7 @@ def _draw_cells(rng: random.Random) -> tuple[tuple, int, int]:
     # Between 6 and 14 gems: with few and with many of them, the answers spread out.
     for row, column in rng.sample(free, rng.randint(6, 14)):
         cells[row][column] = rng.choice(("red", "green", "blue"))
-    return tuple(map(tuple, cells)), star_row, ring_column
+    return tuple(map(tuple, cells))
 
 
 # ------------------------------------------------------------------------------------ the texts
@@ -151,19 +189,25 @@ def question_text(puzzle: Puzzle) -> str:
         "row": "the star row",
         "column": "the ring column",
         "cross": "the star row plus the ring column",
+        "next": "the row next to the star row",
     }[puzzle.family]
     return f"How many points are in {lines}?"
 
 
 def hint(puzzle: Puzzle) -> Hint:
-    """Where to look, what to ignore and how to go on. No number and no gem is named."""
-    look = [line_name(line) for line in puzzle.lines]
-    ignore = {
-        "row": ["the ring", "every other row"],
-        "column": ["the star", "every other column"],
-        "cross": ["every other row and column"],
-    }[puzzle.family]
-    return Hint(look=look, ignore=ignore, steps=["name each cell", "add its points to the sum"])
+    """Where to look, what to ignore and how to go on. No number and no gem is named.
+
+    Of "next" the hint names two rows, in random order: it narrows the choice and does not make it.
+    """
+    look = []
+    for lines in puzzle.candidates:
+        names = [line_name(line) for line in lines]
+        random.Random(f"hint-{puzzle.seed}").shuffle(names)
+        look.append(" or ".join(names))
+    ignore = [line_name(line) for line in puzzle.distractors]
+    marks = {"row": "the star", "column": "the ring", "cross": "the star and the ring"}
+    find = f"find {marks.get(puzzle.family, 'the star')}"
+    return Hint(look=look, ignore=ignore, steps=[find, "name each cell", "add up the points"])
 
 
 def response(
@@ -190,6 +234,15 @@ def response(
     return f"{opening} {'. Next '.join(readings)}{ending} \\boxed{{{boxed}}}"
 
 
+def short_response(puzzle: Puzzle, rng: random.Random, lines: list[Line] | None = None) -> str:
+    """What a solver writes who names the lines, reads no cell and boxes the right sum."""
+    if lines is None:
+        lines = puzzle.lines
+    names = ". Next ".join(line_name(line) for line in lines)
+    points = sum(line_points(puzzle.cells, line) for line in lines)
+    return f"{rng.choice(OPENINGS)} {names}{rng.choice(ENDINGS)} \\boxed{{{points}}}"
+
+
 # ---------------------------------------------------------------------------------- the picture
 def draw(puzzle: Puzzle) -> Image.Image:
     """The picture, (112, 112) RGB.
@@ -207,8 +260,6 @@ def draw(puzzle: Puzzle) -> Image.Image:
             x = left + CELL / 2 + rng.uniform(-2, 2)
             y = top + CELL / 2 + rng.uniform(-2, 2)
             _draw_cell(pen, puzzle.cells[row][column], x, y, rng.uniform(7.5, 9.5))
-    if puzzle.foggy:
-        image = Image.blend(image, Image.new("RGB", image.size, GREY), FOG)
     return image
 
 
@@ -245,47 +296,43 @@ def _draw_gem(pen: ImageDraw.ImageDraw, color: str, x: float, y: float, radius: 
 
 # -------------------------------------------------------------------------------- the questions
 def to_question(puzzle: Puzzle) -> Question:
-    """The puzzle as a Question, with hint, solution and the boxes of its lines."""
-    family = f"foggy {puzzle.family}" if puzzle.foggy else puzzle.family
+    """The puzzle as a Question, with hint, solution and the boxes of the lines in the hint."""
     return Question(
         id=f"puzzle-{puzzle.seed}",
         text=question_text(puzzle),
         answer=str(puzzle.answer),
         images=[draw(puzzle)],
         hint=hint(puzzle),
-        family=family,
+        family=puzzle.family,
         solution=response(puzzle, random.Random(f"solution-{puzzle.seed}")),
-        boxes=[[line_box(line) for line in puzzle.lines]],
+        boxes=[[line_box(line) for lines in puzzle.candidates for line in lines]],
     )
 
 
-def puzzles(
-    split: str, count: int, start: int = 0, fog: float = 0.0, embedded: bool = True
-) -> list[Question]:
-    """`count` questions of a split, from index `start` on. fog: the share of foggy ones.
+def puzzles(split: str, count: int, start: int = 0, embedded: bool = True) -> list[Question]:
+    """`count` questions of a split, from index `start` on.
 
-    embedded: for the embedded model; otherwise the puzzles of toy.gems, which have no fog.
+    embedded: for the embedded model; otherwise the puzzles of toy.gems.
     """
     indices = range(start, start + count)
     if not embedded:
         return [gems.to_question(gems.make_puzzle(split, i)) for i in indices]
-    return [to_question(make_puzzle(split, i, fog=fog)) for i in indices]
+    return [to_question(make_puzzle(split, i)) for i in indices]
 
 
 class PuzzleStream:
     """The questions of a run without data: question number i is a puzzle, and there is no end.
 
-    Each seed has its own 10^6 train puzzles. fog, embedded: as in `puzzles`. It serves where
+    Each seed has its own 10^6 train puzzles. embedded: as in `puzzles`. It serves where
     plumbing.data.QuestionStream serves the questions of --data.
     """
 
-    def __init__(self, seed: int, fog: float = 0.0, embedded: bool = True):
+    def __init__(self, seed: int, embedded: bool = True):
         self.seed = seed
-        self.fog = fog
         self.embedded = embedded
 
     def __getitem__(self, i: int) -> Question:
-        [question] = puzzles("train", 1, self.seed * 10**6 + i, self.fog, self.embedded)
+        [question] = puzzles("train", 1, self.seed * 10**6 + i, embedded=self.embedded)
         return question
 
     def first(self, count: int) -> list[Question]:
@@ -293,7 +340,7 @@ class PuzzleStream:
         return [self[i] for i in range(count)]
 
     def fingerprint(self) -> str:
-        """The hash of no ids, which says that a run has no data. The config holds seed and fog.
+        """The hash of no ids, which says that a run has no data. The config holds the seed.
 
         The puzzles of toy.gems have another one: older versions gave all models the embedded
         world, and such a run must not go on with other questions.
