@@ -214,8 +214,8 @@ def distil_right_responses(patches: Patches, train) -> None:
         for n, drawn in zip(failed, trainer.respond(prompts, mask.shape[1]), strict=True):
             right = [r for r in drawn if train.verify(r.text, r.question, trainer.same_answer)]
             for g, response in enumerate(right):
-                taken = dict(ids=response.ids, text=response.text, truncated=response.truncated)
-                groups[n][g] = replace(groups[n][g], logp=None, **taken)
+                # drawn with the answer shown, so its log-probs make the logged sampler_gap large
+                groups[n][g] = replace(response, prompt=groups[n][g].prompt)
                 mask[n, g] = True
         masks[:] = [mask]
         assign(trainer, groups)

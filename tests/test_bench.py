@@ -35,7 +35,8 @@ from claims_report import mean_of_last, table  # noqa: E402
 from common import load_rows  # noqa: E402
 
 TINY = shlex.split("--questions 3 --group-size 3 --max-new-tokens 28 --beta-kl 1")
-PATCHED = [arm for arm in ARMS if ARMS[arm].patch]
+# supervision takes the place of the responses, which these tests keep: it has a test of its own
+PATCHED = [arm for arm in ARMS if ARMS[arm].patch and arm != "SFT on solutions"]
 PUZZLES = (0, 3, 4)
 VERDICTS = ((True, True, True), (True, False, False), (False, False, False))
 CONTROL = "GRPO, KL penalty off where responses failed"
@@ -188,11 +189,12 @@ def test_supervision_learns_the_solutions(step):
         assert all(response.correct for group in groups for response in group)
         trainer.assign(groups)
         numbers = trainer.score([response for group in groups for response in group])
+    patches.check("SFT on solutions")
     expected = []
     for prompt, group in zip(prompts, groups, strict=True):
         assert group[0].text == prompt.question.solution
         batch = trainer.collate(group[:1])
-        hidden, _ = train.response_states(trainer.policy, batch)[batch.mask], None
+        hidden = train.response_states(trainer.policy, batch)[batch.mask]
         logits = trainer.policy.get_output_embeddings()(hidden)
         logits[:, trainer.scoring["banned"]] = -torch.inf
         target = torch.tensor(group[0].ids)
@@ -210,6 +212,7 @@ def test_the_hdpo_like_arm_tutors_right_responses_alone(step, monkeypatch):
         groups = []
         for prompt in prompts:
             right = solved(step.trainer, prompt)
+            right = replace(right, logp=[0.0] * len(right.ids))
             wrong = replace(right, text="So \\boxed{99}")
             groups.append([wrong, right, wrong])
         return groups
