@@ -7,11 +7,16 @@ that are replaced for the length of a run. Each arm differs from PTD-PO in what 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest import mock
+
+from common import RESULTS, load_rows
+
+OWN_HINTS = RESULTS / "own_hints.jsonl"
 
 
 class Patches(contextlib.ExitStack):
@@ -137,6 +142,40 @@ def hint_of_another_puzzle(question):
         hint = world.hint(world.make_puzzle("train", index % INDICES, question.family))
         if hint.look != question.hint.look:
             return hint
+
+
+FIXED_PUZZLES = 1000  # the first ones of the split "train"
+
+
+def fixed_puzzles(hint_of: Callable) -> Callable:
+    """The patch that trains on FIXED_PUZZLES, again and again, with hint_of(question) or None."""
+
+    def patch(patches: Patches, train) -> None:
+        from toy import world
+
+        def puzzle(stream, i):
+            [question] = world.puzzles("train", 1, i % FIXED_PUZZLES)
+            return replace(question, hint=hint_of(question))
+
+        patches.replace(world.PuzzleStream, "__getitem__", puzzle)
+
+    return patch
+
+
+def own_hint(question):
+    """The base model's own hint, from where it looked when it was right; None where it has none."""
+    from hints import Hint
+
+    hint = own_hints()[question.id]
+    return Hint(**hint) if hint else None
+
+
+@functools.cache
+def own_hints() -> dict[str, dict | None]:
+    """The stored hints by question."""
+    if not OWN_HINTS.exists():
+        raise FileNotFoundError(f"{OWN_HINTS}: run python bench/attention.py --write-hints")
+    return {row["id"]: row["hint"] for row in load_rows(OWN_HINTS)}
 
 
 def blind_teacher(patches: Patches, train) -> None:
@@ -282,6 +321,8 @@ ABLATIONS = {
     "hint without steps": Arm(patch=hint_without("steps")),
     "another's hint": Arm(patch=change_hint(hint_of_another_puzzle)),
     "blind teacher": Arm(patch=blind_teacher),
+    "1,000 puzzles": Arm(patch=fixed_puzzles(lambda question: question.hint)),
+    "1,000 puzzles, the model's own hints": Arm(patch=fixed_puzzles(own_hint)),
     "released formula": Arm("--support student", released_formula),
     "K 1": Arm("--jsd-k 1"),
     "K 5": Arm("--jsd-k 5"),

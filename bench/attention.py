@@ -3,7 +3,8 @@
 
     python bench/attention.py                              # 400 held-out puzzles, minutes
     python bench/attention.py --questions 60               # fewer
-    python bench/attention.py --figure docs/attention.png  # draw six maps, and stop
+    python bench/attention.py --figure docs/attention.png  # draw two maps per family, and stop
+    python bench/attention.py --write-hints                # for an arm of claims.py, and stop
 
 Two tables. *Maps*: how much of a map lies on the row or column that the question is about, and how
 often that line is the hottest of its kind, per layer and source. Chance is 1/4; for "cross" the
@@ -22,6 +23,7 @@ bench/results/attention.jsonl are those of the last run.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import defaultdict
@@ -34,6 +36,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from arms import FIXED_PUZZLES, OWN_HINTS
 from bench_losses import machine
 from common import RESULTS, append_row, markdown_table
 
@@ -260,6 +263,20 @@ def measure(questions: int) -> list[dict]:
     return rows
 
 
+def write_hints() -> None:
+    """The model's own hints of the puzzles of bench/arms.py's arm, at the most samples."""
+    own = load_own()
+    layers = choose_layers(scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS)))
+    # the world's solutions are no model's: without them it must find a right response
+    questions = [replace(q, solution=None) for q in world.puzzles("train", FIXED_PUZZLES)]
+    source = OwnHints(
+        own, layers, questions, name_place=own_hints.name_place, parts=own_hints.hint_parts
+    )
+    rows = [{"id": q.id, "hint": source.record(q)[0]["hint"]} for q in questions]
+    OWN_HINTS.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    print(f"{sum(row['hint'] is not None for row in rows)} hints for {len(rows)} puzzles")
+
+
 # ------------------------------------------------------------------------------------ the output
 def percent(row: dict, name: str) -> str:
     if name not in row:  # among few questions a family may have none
@@ -306,7 +323,7 @@ def tables(rows: list[dict]) -> str:
 
 
 def draw(path: Path) -> None:
-    """Six pictures: for one puzzle per family the old map, and the new one with its boxes."""
+    """Two pictures per family, of one of its puzzles: the old map, the new one with its boxes."""
     own = load_own()
     layers = choose_layers(scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS)))
     measured = Measured(own, layers)
@@ -346,12 +363,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--questions", type=int, default=400, help="held-out puzzles [400]")
-    parser.add_argument("--figure", type=Path, help="draw six maps into this PNG and stop")
+    parser.add_argument("--figure", type=Path, help="draw the maps into this PNG and stop")
+    parser.add_argument(
+        "--write-hints", action="store_true", help="write the hints of bench/arms.py and stop"
+    )
     args = parser.parse_args()
     quiet_loading()
     torch.set_flush_denormal(True)  # denormal floats make a CPU's matrix products slower by far
     if args.figure:
         return draw(args.figure)
+    if args.write_hints:
+        return write_hints()
     print(tables(measure(args.questions)))
 
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,10 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from arms import ARMS, GRIDS, MAIN, TEACHERS, Patches, main_arm
-from claims_report import draw, mean_of_last, table
+from claims_figures import draw
+from claims_report import mean_of_last, table
 from common import RESULTS, append_row, load_rows, share_of_cores
+from statements import statements_table
 
 ROWS = RESULTS / "arms.jsonl"
 STEPS, EVERY = 180, 15
@@ -158,13 +159,15 @@ def watch_gradients(patches: Patches, train, compared: list[dict]) -> None:
 
 
 def watch_accuracy(patches: Patches, train, curve: list[dict]) -> None:
-    """Keep each evaluation on plain prompts by kind."""
+    """Keep each evaluation on plain prompts, of all puzzles and by kind."""
     evaluate = train.Trainer.evaluate
 
     def watched(trainer, questions, messages=train.student_messages):
         numbers = evaluate(trainer, questions, messages)
         if messages is train.student_messages:
-            curve.append(shares(numbers["right"], questions, kind_of))
+            right = numbers["right"]
+            overall = round(100 * len(right) / len(questions), 1)
+            curve.append({"all": overall, **shares(right, questions, kind_of)})
         return numbers
 
     patches.replace(train.Trainer, "evaluate", watched)
@@ -245,18 +248,13 @@ def one_run(job: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------- all the runs
-def mean_accuracy(row: dict) -> float:
-    """Over both kinds of puzzles."""
-    return statistics.mean(mean_of_last(row).values())
-
-
 def chosen(rows: list[dict], arm: str) -> list[str] | None:
     """The options that were best on the split "tune"; None while the grid is not complete."""
     arm = main_arm(arm)
     tried = [row for row in rows if row["split"] == "tune" and row["arm"] == arm]
     if len(tried) < len(GRIDS[arm]):
         return None
-    return max(tried, key=mean_accuracy)["chosen"]
+    return max(tried, key=lambda row: mean_of_last(row)["all"])["chosen"]
 
 
 def job_key(job: dict) -> tuple:
@@ -369,7 +367,8 @@ def main() -> None:
         return draw(rows, args.figures, args.steps)
     if not args.table:
         measure_all(args.arms, args.seeds, args.steps, args.jobs, rows)
-    print(table(rows, args.steps))
+    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == args.steps]
+    print(f"{statements_table(held_out)}\n\n{table(rows, args.steps)}")
 
 
 if __name__ == "__main__":

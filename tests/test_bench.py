@@ -27,6 +27,7 @@ from ptdpo import PTDPOConfig
 from toy import world
 
 sys.path.insert(0, str(ROOT / "bench"))
+import arms  # noqa: E402
 import attention  # noqa: E402
 import bench_default  # noqa: E402
 import claims  # noqa: E402
@@ -35,8 +36,10 @@ from claims_report import mean_of_last, table  # noqa: E402
 from common import load_rows  # noqa: E402
 
 TINY = shlex.split("--questions 3 --group-size 3 --max-new-tokens 28 --beta-kl 1")
-# supervision takes the place of the responses, which these tests keep: it has a test of its own
-PATCHED = [arm for arm in ARMS if ARMS[arm].patch and arm != "SFT on solutions"]
+# these arms change the puzzles or take the place of the responses, which the tests of patches keep:
+# they have tests of their own
+OWN_TESTS = ("SFT on solutions", "1,000 puzzles", "1,000 puzzles, the model's own hints")
+PATCHED = [arm for arm in ARMS if ARMS[arm].patch and arm not in OWN_TESTS]
 PUZZLES = (0, 3, 4)
 VERDICTS = ((True, True, True), (True, False, False), (False, False, False))
 CONTROL = "GRPO, KL penalty off where responses failed"
@@ -226,6 +229,41 @@ def test_the_hdpo_like_arm_tutors_right_responses_alone(step, monkeypatch):
     assert responses[6:].index(taken[0]) == 0
     assert taken[0].advantage == 0
     assert "The answer is" in step.trainer.processor.tokenizer.decode(taken[0].teacher_prompt.ids)
+
+
+def test_the_arms_of_1000_puzzles_give_them_again_and_again():
+    puzzles = world.puzzles("train", 4)
+    for arm in OWN_TESTS[1:]:
+        with Patches() as patches:
+            ARMS[arm].patch(patches, train)
+            stream = world.PuzzleStream(seed=7)
+            given = [stream[i] for i in (3, 1003)]
+        patches.check(arm)
+        assert [question.id for question in given] == [puzzles[3].id] * 2
+        assert world.PuzzleStream(seed=0)[1003].id != puzzles[3].id
+        if arm == "1,000 puzzles":
+            assert [question.hint for question in given] == [puzzles[3].hint] * 2
+
+
+def test_the_model_s_own_hints_are_those_of_the_file(monkeypatch, tmp_path):
+    """The puzzles without a hint are there, too: they are not tutored."""
+    first, second = world.puzzles("train", 2)
+    hint = {"look": ["the top row"], "ignore": [], "steps": []}
+    rows = [{"id": first.id, "hint": hint}, {"id": second.id, "hint": None}]
+    monkeypatch.setattr(arms, "OWN_HINTS", tmp_path / "own.jsonl")
+    arms.own_hints.cache_clear()
+    with pytest.raises(FileNotFoundError, match="--write-hints"):
+        arms.own_hints()
+    arms.OWN_HINTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(arms.own_hint(first).look) == ["the top row"]
+    assert arms.own_hint(second) is None
+    arms.own_hints.cache_clear()
+
+
+def test_each_puzzle_of_the_arm_has_a_line_in_the_file():
+    stored = arms.own_hints()
+    assert list(stored) == [q.id for q in world.puzzles("train", arms.FIXED_PUZZLES)]
+    assert 0.2 < sum(hint is not None for hint in stored.values()) / len(stored) < 0.9
 
 
 # ------------------------------------------------------------------------------------- stored rows
