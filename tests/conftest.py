@@ -102,7 +102,7 @@ def make_tiny(kind: str, processor, **text_settings):
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
     )
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     model.generation_config = transformers.GenerationConfig(**ends)
     return model
