@@ -4,6 +4,7 @@
     python bench/claims.py --jobs 2                # all arms, 3 or 5 seeds: hours on 2 cores
     python bench/claims.py --jobs 2 --arms GRPO PTD-PO --seeds 1
     python bench/claims.py --table                 # what has been measured so far
+    python bench/claims.py --page docs/claims.md   # write it into that page
     python bench/claims.py --figures docs          # draw it (pip install matplotlib)
 
 "named" are the puzzles whose hint names the lines. "narrowed" are those of the family "next": the
@@ -329,6 +330,25 @@ def measure_all(
     run_all(held_out, rows, parallel)
 
 
+def tables_of(rows: list[dict], steps: int) -> dict[str, str]:
+    """Markdown by the name of the place in docs/claims.md."""
+    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
+    return {"statements": statements_table(held_out), "tables": table(rows, steps)}
+
+
+def write_page(page: Path, tables: dict[str, str]) -> None:
+    """Put each table between its two marks in the page. ValueError where they are missing."""
+    text = page.read_text("utf-8")
+    for name, content in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page}: it must hold {begin} and {end} once")
+        before, _, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
+    page.write_text(text, "utf-8")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -352,6 +372,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--table", action="store_true", help="print what has been measured and stop"
     )
     parser.add_argument(
+        "--page", type=Path, help="write what has been measured into a page and stop"
+    )
+    parser.add_argument(
         "--figures", type=Path, metavar="FOLDER", help="draw what has been measured and stop"
     )
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -363,12 +386,13 @@ def main() -> None:
     if args.run:
         return print(json.dumps(one_run(json.loads(args.run))))
     rows = load_rows(ROWS)
-    if args.figures and not args.table:
+    if args.figures:
         return draw(rows, args.figures, args.steps)
+    if args.page:
+        return write_page(args.page, tables_of(rows, args.steps))
     if not args.table:
         measure_all(args.arms, args.seeds, args.steps, args.jobs, rows)
-    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == args.steps]
-    print(f"{statements_table(held_out)}\n\n{table(rows, args.steps)}")
+    print("\n\n".join(tables_of(rows, args.steps).values()))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ import arms  # noqa: E402
 import attention  # noqa: E402
 import bench_default  # noqa: E402
 import claims  # noqa: E402
-from arms import ABLATIONS, ARMS, GRIDS, Patches, solved  # noqa: E402
+import statements  # noqa: E402
+from arms import ABLATIONS, ARMS, GRIDS, MAIN, Patches, solved  # noqa: E402
 from claims_report import mean_of_last, table  # noqa: E402
 from common import load_rows  # noqa: E402
+from statements import STATEMENTS  # noqa: E402
 
 TINY = shlex.split("--questions 3 --group-size 3 --max-new-tokens 28 --beta-kl 1")
 # these arms change the puzzles or take the place of the responses, which the tests of patches keep:
@@ -279,10 +281,40 @@ def test_the_table_reads_the_stored_rows():
     assert table([], claims.STEPS) == "nothing measured on the held-out puzzles yet"
 
 
+def test_the_page_of_the_claims_holds_the_tables_of_the_stored_rows(tmp_path):
+    page, copy_of_page = ROOT / "docs" / "claims.md", tmp_path / "claims.md"
+    copy_of_page.write_text(page.read_text("utf-8"), "utf-8")
+    claims.write_page(copy_of_page, claims.tables_of(load_rows(claims.ROWS), claims.STEPS))
+    assert copy_of_page.read_text("utf-8") == page.read_text("utf-8")
+    copy_of_page.write_text("no marks", "utf-8")
+    with pytest.raises(ValueError, match="<!-- statements -->"):
+        claims.write_page(copy_of_page, {"statements": ""})
+
+
+@pytest.mark.parametrize(
+    "better, worse, expected",
+    [
+        ([70, 80, 75], [69, 60], "agrees"),
+        ([70, 80, 75], [81, 90], "does not agree"),
+        ([70, 80, 75], [70, 60], "seeds overlap"),
+        ([70, 80, 75], [78, 90], "seeds overlap"),
+        ([70, 80, 75], [10], "too few seeds"),
+    ],
+)
+def test_a_verdict_needs_all_seeds_on_one_side(better, worse, expected):
+    assert statements.verdict(better, worse) == expected
+
+
+def test_the_arms_of_the_statements_exist():
+    named = {arm for one in STATEMENTS for arm in (one.better, one.worse)}
+    assert named <= set(ARMS)
+    assert set(MAIN) <= named
+
+
 def test_a_cell_is_the_mean_of_the_last_three_evaluations():
     curve = {"0": 10, "15": 40, "30": 50, "45": 60}
-    row = {"curve": {step: {"named": n, "narrowed": n / 2} for step, n in curve.items()}}
-    assert mean_of_last(row) == {"named": 50, "narrowed": 25}
+    row = {"curve": {s: {"all": n + 1, "named": n, "narrowed": n / 2} for s, n in curve.items()}}
+    assert mean_of_last(row) == {"all": 51, "named": 50, "narrowed": 25}
 
 
 def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
@@ -290,7 +322,7 @@ def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "ROWS", tmp_path / "arms.jsonl")
     monkeypatch.setattr(claims, "run_in_child", lambda job, environment: {**job, **CURVE})
     monkeypatch.setattr(claims, "print_row", jobs.append)
-    monkeypatch.setattr(claims, "table", lambda rows, steps: "")
+    monkeypatch.setattr(claims, "tables_of", lambda rows, steps: {})
     monkeypatch.setattr(sys, "argv", ["claims.py", "--arms", "K 1", "--seeds", "2"])
     claims.main()
     splits = [job["split"] for job in jobs]
@@ -303,7 +335,8 @@ def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
     assert jobs == []
 
 
-CURVE = {"curve": {"0": {"named": 30, "narrowed": 20}}}
+KINDS = ("all", "named", "narrowed")
+CURVE = {"curve": {"0": {"all": 27, "named": 30, "narrowed": 20}}}
 
 
 def test_the_default_run_s_table_has_its_stored_rows():
@@ -318,11 +351,14 @@ def test_the_default_run_s_table_has_its_stored_rows():
 
 def test_the_best_of_a_complete_grid_is_chosen():
     grid = [
-        {"arm": "PTD-PO", "split": "tune", "chosen": options, "curve": {"0": {"named": n}}}
+        {
+            "arm": "PTD-PO",
+            "split": "tune",
+            "chosen": options,
+            "curve": {"0": dict.fromkeys(KINDS, n)},
+        }
         for n, options in enumerate(GRIDS["PTD-PO"])
     ]
-    for row in grid:
-        row["curve"]["0"]["narrowed"] = 0
     assert claims.chosen(grid, "PTD-PO") == claims.chosen(grid, "K 1") == GRIDS["PTD-PO"][-1]
     assert claims.chosen(grid[1:], "PTD-PO") is None
     assert claims.chosen(grid, "GRPO, DAPO") is None
