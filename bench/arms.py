@@ -330,6 +330,7 @@ ABLATIONS = {
     "student's support": Arm("--support student"),
     "forward KL": Arm("--divergence forward_kl"),
     "reverse KL": Arm("--divergence reverse_kl"),
+    "lambda 0": Arm("--lam 0"),
     "lambda 0.1": Arm("--lam 0.1"),
     "lambda 1": Arm("--lam 1"),
     "lambda 10": Arm("--lam 10"),

@@ -227,9 +227,10 @@ def one_run(job: dict) -> dict:
         watch_gradients(patches, train, compared)
         with contextlib.chdir(folder):
             train.main(command_line(job))
-            [_, *logged] = load_rows(Path("runs/run/metrics.jsonl"))
+            [before, *logged] = load_rows(Path("runs/run/metrics.jsonl"))
             config = json.loads(Path("runs/run/config.json").read_text("utf-8"))
     patches.check(job["arm"])
+    final["hinted"] = [100 * row["eval_hinted"] for row in (before, logged[-1])]
     names = ("entropy", "length", "all_failed", "informative", "all_correct", "accuracy", "tutored")
     clipped = [row["grad_norm"] > config["grad_clip"] for row in logged]
     evaluated_after = range(0, job["steps"] + 1, EVERY)

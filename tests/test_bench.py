@@ -29,7 +29,6 @@ from toy import world
 sys.path.insert(0, str(ROOT / "bench"))
 import arms  # noqa: E402
 import attention  # noqa: E402
-import bench_default  # noqa: E402
 import claims  # noqa: E402
 import statements  # noqa: E402
 from arms import ABLATIONS, ARMS, GRIDS, MAIN, Patches, solved  # noqa: E402
@@ -174,7 +173,7 @@ def test_a_patch_that_is_never_called_ends_the_run():
 
 def test_one_run_names_the_arm_whose_patch_is_not_called(monkeypatch):
     monkeypatch.setattr(train, "main", lambda words: None)  # a train.py that calls nothing
-    logged = [{}, {"grad_norm": 1.0}]
+    logged = [{"eval_hinted": 1.0}, {"grad_norm": 1.0, "eval_hinted": 1.0}]
     monkeypatch.setattr(claims, "load_rows", lambda path: logged)
     monkeypatch.setattr(claims.Path, "read_text", lambda path, encoding: '{"grad_clip": 1}')
     job = {"arm": "blind teacher", "seed": 0, "split": "heldout", "steps": 1, "chosen": []}
@@ -337,16 +336,6 @@ def test_a_run_that_is_stored_is_not_repeated(monkeypatch, tmp_path):
 
 KINDS = ("all", "named", "narrowed")
 CURVE = {"curve": {"0": {"all": 27, "named": 30, "narrowed": 20}}}
-
-
-def test_the_default_run_s_table_has_its_stored_rows():
-    rows = load_rows(bench_default.ROWS)
-    text = bench_default.table(rows)
-    for row in rows:
-        last = 100 * list(row["plain"].values())[-1]
-        assert re.search(
-            rf"^\| {re.escape(row['arm'])} \| {row['seed']} \|.* {last:.1f} \|", text, re.M
-        )
 
 
 def test_the_best_of_a_complete_grid_is_chosen():
