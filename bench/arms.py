@@ -357,7 +357,7 @@ TEACHERS = (
 )
 RATES = ("1e-4", "3e-4", "7e-4")
 GRIDS = {arm: [["--lr", rate] for rate in RATES] for arm in MAIN}
-GRIDS["PTD-PO"] = [["--lr", rate, "--lam", lam] for rate in RATES[1:] for lam in ("3", "30")]
+GRIDS["PTD-PO"] = [["--lr", rate, "--lam", lam] for rate in RATES[1:] for lam in ("3", "10", "30")]
 
 
 def main_arm(arm: str) -> str:
