@@ -583,7 +583,7 @@ def test_the_overlay_is_red_where_the_map_is_hot():
 
 
 def attention_command(folder, *options):
-    args = ["--source", "attention", "--model", str(ROOT / "toy" / "base"), "--samples", "8"]
+    args = ["--source", "attention", "--model", str(ROOT / "toy" / "base"), "--samples", "32"]
     return main([*args, "--out", str(folder / "h.jsonl"), *options])
 
 

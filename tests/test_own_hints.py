@@ -17,7 +17,7 @@ from rollout import Question, encode_prompts, sample_groups, student_messages
 from toy import own_hints as toy_hints
 from toy import world
 
-SAMPLES = 8
+SAMPLES = 32
 LAST = (2,)  # the layer of toy/base that looks at evidence
 
 
@@ -59,8 +59,8 @@ def all_lines():
 
 def test_a_question_without_a_right_response_says_so(records):
     reasons = [record["rejected"] for _, record in records if not record["hint"]]
-    assert [["no right response: none of 8"]] in reasons
-    known = ("no right response: none of 8", "right responses look at different places")
+    assert [["no right response: none of 32"]] in reasons
+    known = ("no right response: none of 32", "right responses look at different places")
     assert {reason for [[reason]] in reasons} <= {*known, "no region stands out"}
 
 
