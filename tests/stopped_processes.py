@@ -78,9 +78,9 @@ def timeout_seconds() -> float:
 def main(sharded: bool) -> None:
     runs.Accelerator = sharding_accelerator if sharded else partial(Accelerator, cpu=True)
     runs.make_accelerator(train.TrainConfig())  # it starts torch.distributed
-    trainer = make_trainer(sharded, micro_tokens=100)
+    trainer = make_trainer(sharded, micro_tokens=90)
     with trainer.signals.noted(prints=False):
-        scored = [stopped_while_scoring(trainer, 1, at=1), stopped_while_scoring(trainer, 0, at=5)]
+        scored = [stopped_while_scoring(trainer, 1, at=1), stopped_while_scoring(trainer, 0, at=6)]
     questions = world.puzzles("tune", 2)  # the models are of use after a stop
     evaluation = trainer.evaluate(questions)
     report = {"scored": scored, "questions": evaluation["questions"], "code": 0}

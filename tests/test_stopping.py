@@ -221,14 +221,14 @@ def assert_both_stopped(folder, scored):
 def test_two_processes_stop_together_where_one_got_the_signal(beside):
     """gloo, unequal numbers of micro-batches: no process is left waiting for the other.
 
-    The signal in micro-batch 5 of process 0 waits: process 1 has three.
+    The signal in micro-batch 6 of process 0 waits: process 1 has five.
     """
-    assert_both_stopped(beside, [[[6, 1, True], [6, 6, True]], [[3, 1, True], [3, 3, True]]])
+    assert_both_stopped(beside, [[[7, 1, True], [7, 7, True]], [[5, 1, True], [5, 5, True]]])
 
 
 @pytest.mark.beside(program=start_fsdp)
 def test_two_sharded_processes_stop_together_where_one_got_the_signal(beside):
-    assert_both_stopped(beside, [[[6, 1, True], [6, 5, True]]] * 2)
+    assert_both_stopped(beside, [[[7, 1, True], [7, 6, True]]] * 2)
 
 
 # ---------------------------------------------------------------------------- at once, or too early
