@@ -333,8 +333,8 @@ ABLATIONS = {
     "lambda 0": Arm("--lam 0"),
     "lambda 0.1": Arm("--lam 0.1"),
     "lambda 1": Arm("--lam 1"),
-    "lambda 10": Arm("--lam 10"),
-    "lambda 100": Arm("--lam 100"),
+    "lambda 3": Arm("--lam 3"),
+    "lambda 30": Arm("--lam 30"),
     "three updates": Arm("--updates 3"),
     "DAPO": Arm("--recipe dapo"),
     "GSPO": Arm("--recipe gspo"),
@@ -357,7 +357,10 @@ TEACHERS = (
 )
 RATES = ("1e-4", "3e-4", "7e-4")
 GRIDS = {arm: [["--lr", rate] for rate in RATES] for arm in MAIN}
-GRIDS["PTD-PO"] = [["--lr", rate, "--lam", lam] for rate in RATES[1:] for lam in ("3", "10", "30")]
+GRIDS["PTD-PO"] = [
+    ["--lr", rate, "--lam", lam]
+    for rate, lam in (("3e-4", "3"), ("3e-4", "10"), ("3e-4", "30"), ("7e-4", "10"))
+]
 
 
 def main_arm(arm: str) -> str:

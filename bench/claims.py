@@ -38,8 +38,8 @@ from common import RESULTS, append_row, load_rows, share_of_cores
 from statements import statements_table
 
 ROWS = RESULTS / "arms.jsonl"
-STEPS, EVERY = 180, 15
-TUNE_STEPS, TUNE_SEED = 180, 100
+STEPS, EVERY = 120, 15
+TUNE_SEED = 100
 PUZZLES = 800  # held-out ones; a quarter of them serves the evaluations on the way
 MAIN_SEEDS, SEEDS = 5, 3
 
@@ -250,10 +250,11 @@ def one_run(job: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------- all the runs
-def chosen(rows: list[dict], arm: str) -> list[str] | None:
+def chosen(rows: list[dict], arm: str, steps: int) -> list[str] | None:
     """The options that were best on the split "tune"; None while the grid is not complete."""
     arm = main_arm(arm)
-    tried = [row for row in rows if row["split"] == "tune" and row["arm"] == arm]
+    tuned = [row for row in rows if row["split"] == "tune" and row["steps"] == steps]
+    tried = [row for row in tuned if row["arm"] == arm]
     if len(tried) < len(GRIDS[arm]):
         return None
     return max(tried, key=lambda row: mean_of_last(row)["all"])["chosen"]
@@ -312,14 +313,14 @@ def measure_all(
     seeds: of each arm; None: MAIN_SEEDS of the main arms and SEEDS of the others.
     """
     needed = {main_arm(arm) for arm in arms}
-    tune = {"seed": TUNE_SEED, "split": "tune", "steps": TUNE_STEPS}
+    tune = {"seed": TUNE_SEED, "split": "tune", "steps": steps}
     grids = []
     for arm in MAIN:
         if arm in needed:
             job = {**tune, "arm": arm}
             grids += [{**job, "chosen": options} for options in GRIDS[arm]]
     run_all(grids, rows, parallel)
-    best = {arm: chosen(rows, arm) for arm in arms}
+    best = {arm: chosen(rows, arm, steps) for arm in arms}
     job = {"seed": 0, "split": "teacher", "steps": 1}
     teachers = [{"arm": arm, **job, "chosen": best[arm]} for arm in TEACHERS if arm in arms]
     run_all(teachers, rows, parallel)
