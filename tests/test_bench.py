@@ -343,14 +343,15 @@ def test_the_best_of_a_complete_grid_is_chosen():
         {
             "arm": "PTD-PO",
             "split": "tune",
+            "steps": 9,
             "chosen": options,
             "curve": {"0": dict.fromkeys(KINDS, n)},
         }
         for n, options in enumerate(GRIDS["PTD-PO"])
     ]
-    assert claims.chosen(grid, "PTD-PO") == claims.chosen(grid, "K 1") == GRIDS["PTD-PO"][-1]
-    assert claims.chosen(grid[1:], "PTD-PO") is None
-    assert claims.chosen(grid, "GRPO, DAPO") is None
+    assert claims.chosen(grid, "PTD-PO", 9) == claims.chosen(grid, "K 1", 9) == GRIDS["PTD-PO"][-1]
+    assert claims.chosen(grid[1:], "PTD-PO", 9) is claims.chosen(grid, "PTD-PO", 8) is None
+    assert claims.chosen(grid, "GRPO, DAPO", 9) is None
 
 
 # --------------------------------------------------------------------- where the model looks

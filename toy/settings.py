@@ -4,8 +4,8 @@
 a larger weight of the tutoring loss, fewer questions per step, fewer and shorter responses, a
 tighter clip of the gradient, and one optimizer step per rollout.
 
-lam, lr and steps were chosen on puzzles of the split "tune" (seeds 100 to 102; docs/claims.md),
-questions and grad_clip with an earlier base: more questions per step and a tighter clip calm the end.
+lam, lr and steps were chosen on puzzles of the split "tune" (seeds 100 to 102), questions and
+grad_clip with an earlier base: more questions per step and a tighter clip calm the end.
 """
 
 SETTINGS = {
