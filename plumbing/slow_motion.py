@@ -99,9 +99,11 @@ def make_trainer() -> Trainer:
 
 
 def choose_group(trainer: Trainer) -> tuple[int, list[Response]]:
-    """The first puzzle of "tune" with one or two right responses, and its graded responses."""
+    """The first puzzle of "tune" on a star row with one or two right responses, and these, graded."""
     for puzzle in itertools.count():
         question = world.to_question(world.make_puzzle("tune", puzzle))
+        if question.family != "row":
+            continue
         [group] = trainer.sample(trainer.read([question]), [f"{trainer.config.seed}-{puzzle}"])
         trainer.grade([group])
         if sum(response.correct for response in group) in (1, 2):
