@@ -10,7 +10,7 @@ from arms import ARMS
 from claims_report import KINDS, mean_of_last
 from common import RESULTS, load_pyplot
 
-STUDY = RESULTS / "study.json"  # of python train.py --study-hints 384
+STUDY = RESULTS / "study.json"  # of python train.py --study-hints --study-questions 384
 COLOURS = {
     "PTD-PO": "#1f6fb4",
     "GRPO": "#c4552d",

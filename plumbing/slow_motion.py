@@ -99,7 +99,7 @@ def make_trainer() -> Trainer:
 
 
 def choose_group(trainer: Trainer) -> tuple[int, list[Response]]:
-    """The first puzzle of "tune" on a star row with one or two right responses, and these, graded."""
+    """The first puzzle of "tune" on a star row with one or two right responses; these, graded."""
     for puzzle in itertools.count():
         question = world.to_question(world.make_puzzle("tune", puzzle))
         if question.family != "row":
