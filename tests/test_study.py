@@ -99,7 +99,7 @@ def test_the_placebo_is_an_alike_question_with_another_hint():
     own = {question.id: question for question in questions}
     assert set(others) == set(own) - {questions[3].id}
     assert all(others[name] != own[name].hint for name in others)
-    # the texts of the three families differ, so nearly all get a hint of their own family
+    # the texts of the families differ, so nearly all get a hint of their own family
     same_kind = [len(others[name].look) == len(own[name].hint.look) for name in others]
     assert sum(same_kind) >= len(others) - 3
     assert study.neighbours(questions[2:4]) == {}
