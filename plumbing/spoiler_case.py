@@ -124,6 +124,11 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
     )
 
 
+def is_new(pattern: str, case: Case) -> bool:
+    """The pattern occurs in the hint, but not in the question."""
+    return re.search(pattern, case.text) is not None and re.search(pattern, case.stem) is None
+
+
 # ------------------------------------------------------------------------------------ options
 
 _OPTION_MARK = re.compile(rf"(?:^|(?<=[\s;,]))\(?([{LETTERS}])[).:]\s")

@@ -1,0 +1,154 @@
+"""Rules of plumbing.spoilers on answers of one form that a hint says in other words.
+
+A time, a ratio, an inequality, a line, a share, a sign: each rule first asks whether the answer has
+that form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from plumbing.answers import to_number
+from plumbing.spoiler_case import Case, is_new
+from plumbing.verdicts import UNDECIDED
+
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?: ?[ap]\.?m\.?)?", re.I)
+
+
+def says_time(case: Case) -> Iterator[str]:
+    """A clock time in words: "a quarter to 8" for 7:45, "half past 2" for 2:30."""
+    time = _CLOCK.fullmatch(case.answer)
+    if not time:
+        return
+    hour, minute = int(time[1]) % 12 or 12, int(time[2])
+    ways = []
+    for minutes, direction in ((minute, "past"), (60 - minute, "to")):
+        spoken = {15: "(?:a )?(?:quarter|1/4)", 30: "(?:half|1/2)"}.get(minutes, rf"0?{minutes}")
+        full_hour = hour if direction == "past" else hour % 12 + 1
+        ways.append(rf"(?:{spoken}|{minutes})(?: minutes?)? {direction} {full_hour}\b")
+    if minute and is_new(rf"\b(?:{'|'.join(ways)})", case):
+        yield f"says the time: {case.answer}"
+
+
+_RATIO = re.compile(r"(\d+) ?(?::|/|to|\\colon) ?(\d+)")
+_TWICE = re.compile(r"\b(?:twice|doubled?|1/2|2 times) (?:as|the|of|that)\b", re.I)
+_FOR_EVERY = re.compile(r"\b(?:for every|for each|per) (\d+) [^;.]{0,40}?\b(\d+)\b")
+
+
+def says_ratio(case: Case) -> Iterator[str]:
+    """ "twice as long" for the ratio 1:2, "for every 2 cats there are 3 dogs" for 2:3."""
+    match = _RATIO.fullmatch(case.answer)
+    if not match or 0 in (int(match[1]), int(match[2])):
+        return
+    ratio = Fraction(int(match[1]), int(match[2]))
+    factor = max(ratio, 1 / ratio)
+    said = _TWICE if factor == 2 else re.compile(rf"\b{factor} times (?:as|the|that)\b")
+    pairs = {frozenset(pair) for pair in _FOR_EVERY.findall(case.text)}
+    is_factor = said.search(case.text) and not said.search(case.stem)
+    if is_factor or frozenset(match.groups()) in pairs:
+        yield f"says the ratio: {case.answer}"
+
+
+_RELATION = re.compile(r"[a-zA-Z] ?(<|>|\\leq?|\\geq?|<=|>=) ?(-?[\d./]+)")
+_RELATION_WORDS = {
+    "<": r"(?:less|smaller) than|below|under",
+    ">": r"(?:greater|larger|more|bigger) than|above|over",
+    "le": r"(?:less|smaller) than or equal to|at most|not (?:greater|more) than|up to",
+    "ge": r"(?:greater|larger|more) than or equal to|at least|not (?:less|smaller) than",
+}
+_SIGN_NAMES = {"<": "<", ">": ">", "<=": "le", "\\le": "le", "\\leq": "le"}
+_SIGN_NAMES |= {">=": "ge", "\\ge": "ge", "\\geq": "ge"}
+
+
+_MINUS = re.compile(r"\bminus (one\b|\d+)")
+
+
+def says_relation(case: Case) -> Iterator[str]:
+    """An inequality in words: "at least -3" for x >= -3."""
+    relation = _RELATION.fullmatch(case.answer)
+    if not relation:
+        return
+    words = _RELATION_WORDS[_SIGN_NAMES[relation[1]]]
+    bound = re.escape(relation[2])
+    sign = _RELATION_WORDS[_SIGN_NAMES[relation[1]]].split("|")[0].split(")")[0].removeprefix("(?:")
+    after = rf"|{bound} or (?:anything )?(?:{sign}|larger|more|up)\b" if ">" in relation[1] else ""
+    text = _MINUS.sub(lambda match: "-1" if match[1] == "one" else f"-{match[1]}", case.text)
+    said = re.compile(rf"\b(?:{words}) {bound}(?!\d){after}")
+    if said.search(text) and not said.search(case.stem):
+        yield f"says the answer's expression: {case.answer}"
+
+
+_LINE = re.compile(r"(?:y ?= ?)?(-?[\d./]*) ?\*? ?x(?: ?([-+] ?[\d./]+))?")
+_SLOPE_OR_INTERCEPT = re.compile(
+    r"\b(slope|gradient|intercept)\b(?: (?:is|of|equals|at|equal to))? ?[=:]? ?(-?\d[\d./]*)", re.I
+)
+
+
+def says_line(case: Case) -> Iterator[str]:
+    """A line in words: "slope 2 and intercept -1" for y = 2x - 1."""
+    line = _LINE.fullmatch(case.answer)
+    if not line:
+        return
+    slope = line[1] + "1" if line[1] in ("", "-") else line[1]
+    intercept = (line[2] or "0").replace(" ", "").lstrip("+")
+    stated = set(_SLOPE_OR_INTERCEPT.findall(case.text))
+    for name, value in stated - set(_SLOPE_OR_INTERCEPT.findall(case.stem)):
+        gold = intercept if name.casefold() == "intercept" else slope
+        if to_number(value.rstrip(".")) == to_number(gold):
+            yield f"says the answer's expression: {case.answer}"
+
+
+_ABBREVIATED = {"S": "side", "A": "angle", "H": "hypotenuse", "L": "leg"}
+_FORMULAS = {"oxygen": "O2", "hydrogen": "H2", "nitrogen": "N2", "chlorine": "Cl2"}
+_FORMULAS |= {"carbon dioxide": "CO2", "water": "H2O", "ammonia": "NH3", "methane": "CH4"}
+
+
+def says_otherwise(case: Case) -> Iterator[str]:
+    """ "angle-side-angle" for ASA, "O2" for oxygen."""
+    spelled = [_ABBREVIATED.get(letter, "") for letter in case.answer]
+    if len(spelled) > 1 and all(spelled) and is_new(rf"(?i)\b{'[- ]'.join(spelled)}\b", case):
+        yield f"says the answer otherwise: {case.answer}"
+    formula = _FORMULAS.get(case.answer.casefold())
+    if formula and is_new(rf"(?<![A-Za-z\d]){formula}(?![A-Za-z\d])", case):
+        yield f"says the answer otherwise: {case.answer}"
+
+
+_SHARE = re.compile(r"\b(one|1|\d+)(?: [a-z]+)? (?:out )?of (?:the )?(\d+)\b", re.I)
+_GROWTH = re.compile(r"\b(?:by|exactly) a (third|quarter|fifth|tenth)\b", re.I)
+_PARTS_OF_ONE = {"third": 3, "quarter": 4, "fifth": 5, "tenth": 10}
+
+
+def says_share(case: Case) -> Iterator[str]:
+    """ "one box out of four" for 1/4, "exceeds it by exactly a quarter" for 25 %."""
+    if not any(form < 1 for gold in case.golds for form in gold.forms):
+        return
+    said = {Fraction(1, _PARTS_OF_ONE[word.casefold()]) for word in _GROWTH.findall(case.text)}
+    for top, bottom in _SHARE.findall(case.text):
+        if int(bottom[:9]) and f"of {bottom}" not in case.stem:
+            said.add(Fraction(1 if top.casefold() == "one" else int(top[:9]), int(bottom[:9])))
+    for gold in case.golds:
+        if said.intersection(gold.forms):
+            yield f"says the share: {gold.part}"
+
+
+_SIGN_SAID = {
+    "negative": re.compile(
+        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis (?:less than|below) 0\b|"
+        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis less than zero\b",
+        re.I,
+    ),
+    ">": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:greater|larger|more) than", re.I),
+    "<": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:less|smaller) than", re.I),
+}
+
+
+def says_sign(case: Case) -> Iterator[str]:
+    """ "so a is less than zero" for negative, "the first is greater than the second" for ">"."""
+    said = _SIGN_SAID.get(case.answer)
+    if said is None:
+        return
+    for sentence in case.sentences:
+        if not UNDECIDED.search(sentence) and said.search(sentence):
+            yield f"says the sign: {case.answer}"

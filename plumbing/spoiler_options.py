@@ -1,0 +1,186 @@
+"""Rules of plumbing.spoilers on options: the letter, the place, all others excluded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from plumbing.spoiler_case import LETTERS, ORDINALS, Case, has_word, plain_words, sentences
+
+# "point B" names a point, not the option; "label B" does so too, unless letters are the options.
+_POINTS = """
+    point vertex angle line side node vertices segment ray arc circle centre center triangle
+"""
+_POINTS = set(_POINTS.split())
+_LABELS = {"label", "labelled", "labeled", "shop", "team", "layer", "region", "bar", "set"}
+_ASKED = re.compile(r"\b(?:which|what)(?: of the(?: \w+)?)? ((?!of|is|are\b)[a-z]{3,})", re.I)
+_LONE_CAPITAL = re.compile(r"(?<![\w'=+*/^-])[B-HJ-Z](?![\w'=+*/^-])")
+_WORD_BEFORE = re.compile(r"(\w+) $")
+_CAPITALS = re.compile(r"(?<![A-Za-z])[A-Z]{1,4}(?![A-Za-z])")
+_WORDS_OF_ONE_LETTER = "AI"
+
+
+def names_option(case: Case) -> Iterator[str]:
+    """The hint has the option's letter, marked as an option or alone: "(B)", "B is right", "B"."""
+    letter = case.letter
+    if letter is None:
+        return
+    marks = _letter_marks(letter)
+    if any(mark.search(case.text) for mark in marks) or _has_lone_letter(letter, case):
+        yield f"names the option: {letter}"
+
+
+@cache
+def _letter_marks(letter: str) -> tuple[re.Pattern, re.Pattern]:
+    """Patterns of a marked letter: "(B)", "option B", "pick b.", "B)", "B fits best"."""
+    bracketed = rf"(?<![\w)])\({letter}\)"
+    named = rf"\b(?:option|choice|answer|pick|choose|select)s? \(?{letter}\b"
+    verdict = (
+        r"(?:is|fits|must be|remains|matches|satisfies|shows|works|completes|agrees|continues)"
+        r" (?:the )?(?:best|right|correct|true|only|one|answer|option|choice|pattern|match)"
+    )
+    # "the angle at B." ends a sentence with a name
+    listed = (
+        rf"(?:^|\s)[\"']?(?-i:{letter})[\"']?(?:\)|(?<!at {letter})(?<!and {letter})"
+        rf"\.(?=\s[A-Z]|$)| {verdict})"
+    )
+    small = rf"\b(?:option|choice|pick|choose|select) {letter.lower()}(?=$|[;.,])"
+    ignore_case = re.NOFLAG if letter in _WORDS_OF_ONE_LETTER else re.I
+    return re.compile(rf"{bracketed}|{named}|{listed}", ignore_case), re.compile(small)
+
+
+def _has_lone_letter(letter: str, case: Case) -> bool:
+    """The capital letter stands alone, and not in the question: "look at B", not "at point B".
+
+    A and I are words, so they do not count. "label B" counts if the question asks which label.
+    """
+    if letter in _WORDS_OF_ONE_LETTER:
+        return False
+    if any(letter in name for name in _CAPITALS.findall(case.stem)):
+        return False
+    asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
+    are_options = bool(case.options) and not case.answer
+    labels = (_POINTS if are_options else _POINTS | _LABELS | {"at", "and"}) - asked
+    for match in _LONE_CAPITAL.finditer(case.text):
+        before = _WORD_BEFORE.search(case.text[max(0, match.start() - 20) : match.start()])
+        is_name = before and before[1].casefold().rstrip("s") in labels
+        if match[0] == letter and not is_name:
+            return True
+    return False
+
+
+_LIST = r"(?:option|choice|answer|alternative|candidate|possibility|entry (?:in|of) the \w+)s?"
+_ORDINAL = rf"(?P<ordinal>{'|'.join(ORDINALS)}|\d(?=st|nd|rd|th)|last|final)(?:st|nd|rd|th)?"
+_PLACE_NAMES = [
+    re.compile(pattern, re.I)
+    for pattern in (
+        rf"\b{_ORDINAL} (?:{_LIST}|one listed|listed)\b",
+        rf"\b{_ORDINAL} (?:one |place )?(?:of|in|among) (?:the )?(?:\w+ ){{0,3}}{_LIST}\b",
+        rf"\b{_LIST} (?:number |no\.? ?)?(?P<ordinal>\d)\b",
+        rf"\b(?:listed|comes|stands|printed) {_ORDINAL}\b",
+        rf"\b{_ORDINAL} (?:one |entry )?(?:in|on) the list\b",
+        rf"\b{_ORDINAL} of (?:those|the ones) listed\b",
+        rf"\bonly the {_ORDINAL} one\b",
+        rf"\b{_LIST}\b.*\bthe {_ORDINAL}(?! [a-z])",
+    )
+]
+_PLACED_THING = re.compile(rf"\b{_ORDINAL} (?P<noun>[a-z]+)", re.I)
+_AGREES = re.compile(
+    rf"\b{_ORDINAL} (?:claim|statement|sentence) (?:agrees|holds|is true|is right|is correct)\b",
+    re.I,
+)
+_ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
+_PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
+_NEIGHBOUR = re.compile(
+    r"\b(?:after|before|above|below|between|next to)\b[^,;]*\b(?:the|list of) (?:options|choices)\b"
+)
+
+
+def names_place(case: Case) -> Iterator[str]:
+    """ "the second choice", "option 2", "listed last"; "the second word" of "Which word ...?"."""
+    if case.place is None:
+        return
+    asked = {noun.casefold() for noun in _ASKED.findall(case.stem)} if case.options else set()
+    for sentence in case.sentences:
+        if not _PLACE_WORD.search(sentence):
+            continue
+        if _NEIGHBOUR.search(sentence):
+            yield f"names the option's place: {case.letter}"
+        if _leaves_one_place(sentence, case):
+            yield f"names the option's place: {case.letter}"
+        if len(_ANY_ORDINAL.findall(sentence)) > 1:
+            continue
+        matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
+        things = _PLACED_THING.finditer(sentence)
+        matches += [match for match in things if match["noun"].casefold() in asked]
+        if case.options and "statement" in case.stem_words:
+            matches += list(_AGREES.finditer(sentence))
+        if any(_is_gold_place(match["ordinal"].casefold(), case) for match in matches):
+            yield f"names the option's place: {case.letter}"
+
+
+_RUN = re.compile(rf"\b(first|last) (\d) {_LIST}", re.I)
+_IN_MIDDLE = re.compile(rf"\bin the middle of the (?:answer|option|choice)|\bmiddle {_LIST}", re.I)
+
+
+def _leaves_one_place(sentence: str, case: Case) -> bool:
+    """ "the first three candidates fail" of four; "the one in the middle of the answer row"."""
+    last = len(case.options) - 1
+    run = _RUN.search(sentence)
+    if run and int(run[2]) == last and _OUT.search(sentence):
+        return case.place == (last if run[1].casefold() == "first" else 0)
+    return last % 2 == 0 and case.place == last // 2 and bool(_IN_MIDDLE.search(sentence))
+
+
+def _is_gold_place(ordinal: str, case: Case) -> bool:
+    """The gold option stands in that place; where the options are unknown, "last" may be it."""
+    if ordinal in ("last", "final"):
+        return not case.options or case.place == len(case.options) - 1
+    place = int(ordinal) - 1 if ordinal.isdecimal() else ORDINALS.index(ordinal)
+    return place == case.place
+
+
+_OUT = re.compile(
+    r"\b(?:rul\w+ out|eliminat\w+|discard\w*|exclud\w+|reject\w*|cross\w* out|cannot|can't|fails?"
+    r"|drop\w*|strike|struck|impossible|wrong|nor|not|out)\b",
+    re.I,
+)
+
+
+# "a dilation changes lengths, a translation keeps directions" tells no picture
+_OF_A_KIND = re.compile(r"\W*(?:an?|any|every) ", re.I)
+_LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
+
+
+def excludes_others(case: Case) -> Iterator[str]:
+    """A sentence names all options but the gold one: "A, B and D cannot be it".
+
+    Letters count only with such a word, or where they can be nothing but options.
+    """
+    if case.place is None or len(case.options) == 2:
+        return
+    letters = list(LETTERS[: len(case.options) or 4])
+    are_options = not case.answer and not _CAPITALS.search(case.stem)
+    gold = plain_words(case.answer).strip()
+    others = [letter for letter in letters if letter != case.letter]
+    by_letter = all(letter in case.full for letter in others)
+    full_words = plain_words(case.full)
+    by_words = gold and all(name in full_words for name in case.other_options)
+    if not (by_letter or by_words):
+        return
+    for sentence in sentences(case.full):
+        if _LISTED_TO_CHOOSE.search(sentence):
+            continue
+        is_out = _OUT.search(sentence)
+        if not is_out and (_OF_A_KIND.match(sentence) or gold.isdecimal()):
+            continue
+        if (are_options or is_out) and _only(others, case.letter, sentence):
+            yield "excludes all other options"
+        if gold and case.options and _only(case.other_options, gold, plain_words(sentence)):
+            yield "excludes all other options"
+
+
+def _only(others: list[str], gold: str, sentence: str) -> bool:
+    """The sentence names all others, but not the gold one."""
+    return all(has_word(name, sentence) for name in others) and not has_word(gold, sentence)
