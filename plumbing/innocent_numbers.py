@@ -9,104 +9,10 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from functools import cached_property
 
 from plumbing.general_statements import is_general
-from plumbing.number_words import Number
-
-# -------------------------------------------------------------------------------------- units
-
-# The dimension, then each unit's size and names. "month" has no exact size in days.
-_UNITS = """
-    time 1 s sec second seconds; time 60 min minute minutes; time 3600 h hr hour hours;
-    time 86400 day days; time 604800 week weeks;
-    years 1 month months; years 12 year years;
-    length 1 mm millimeter millimeters millimetre millimetres;
-    length 10 cm centimeter centimeters centimetre centimetres;
-    length 1000 m meter meters metre metres;
-    length 1000000 km kilometer kilometers kilometre kilometres;
-    feet 1 inch inches; feet 12 foot feet ft; feet 36 yard yards; feet 63360 mile miles;
-    mass 1 mg milligram milligrams; mass 1000 g gram grams; mass 1000000 kg kilogram kilograms;
-    mass 1000000000 t tonne tonnes ton tons;
-    pounds 1 ounce ounces oz; pounds 16 pound pounds lb lbs;
-    volume 1 ml mL milliliter milliliters millilitre millilitres; volume 10 cl;
-    volume 1000 l L liter liters litre litres;
-    length 10 厘米; length 1000 米; time 60 分钟; time 3600 小时; money 100 元; angle 1 度;
-    mass 1000 克; mass 1000000 千克; money 1 cent cents ct;
-    money 100 $ dollar dollars € euro euros £;
-    angle 1 degree degrees °; percent 1 % percent; squares 1 square squares; units 1 unit units;
-    force 1 N newton newtons; power 1 W watt watts; voltage 1 V volt volts; current 1 A ampere
-    amperes; resistance 1 ohm ohms Ω; heat 1 °C °F celsius; energy 1 J joule joules;
-    calories 1 calorie calories kcal
-"""
-
-
-def _read_units() -> dict[str, tuple[str, int]]:
-    """Each name of a unit with its dimension and size: "hours" -> "time", 3600."""
-    units = {}
-    for row in _UNITS.split(";"):
-        dimension, size, *names = row.split()
-        units |= {name: (dimension, int(size)) for name in names}
-    return units
-
-
-UNITS = _read_units()
-_NAMES = "|".join(re.escape(name) for name in sorted(UNITS, key=len, reverse=True))
-# not the s of "2s + 7 = 31", and no "2 square numbers"
-_NO_UNIT = r"(?![^\W\d_]| ?[-+*=/^] ?[\d(]| (?:number|root)s?\b)"
-_UNIT_BEHIND = re.compile(rf"-? ?(?:square |cubic )?({_NAMES}){_NO_UNIT}")
-_ANY_UNIT = re.compile(rf"(?<![^\W_])({_NAMES})(?![^\W_])")
-
-
-def unit_of(number: Number, text: str) -> tuple[str, int] | None:
-    """The dimension and size of the unit behind a number: the "hours" of "2 hours"."""
-    if number.text.endswith("%"):
-        return UNITS["%"]
-    match = _UNIT_BEHIND.match(text, number.end)
-    if match:
-        return UNITS[match[1]]
-    before = text[max(0, number.start - 3) : number.start].rstrip()[-1:]
-    return UNITS.get(before) if before in ("$", "€", "£") else None
-
-
-def units_in(text: str) -> list[tuple[str, int]]:
-    """The dimension and size of all units that a text names, in order."""
-    return [UNITS[match[1]] for match in _ANY_UNIT.finditer(text)]
-
-
-# ----------------------------------------------------------------------------------- the place
-
-_END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
-
-
-class Place:
-    """A number of a hint with what stands around it. Most questions need only a little of it."""
-
-    def __init__(self, number: Number, text: str, question: str, is_gold: bool):
-        self.number = number
-        self.value = number.values[-1]
-        self.before = text[max(0, number.start - 160) : number.start]
-        self.after = text[number.end : number.end + 80]
-        self.is_gold = is_gold  # it is a form of the gold answer
-        self.question = question
-        self.unit = unit_of(number, text)
-
-    @cached_property
-    def clause_before(self) -> str:
-        return _END_OF_CLAUSE.split(self.before)[-1]
-
-    @cached_property
-    def clause(self) -> str:
-        return self.clause_before + self.number.text + _END_OF_CLAUSE.split(self.after, 1)[0]
-
-    @cached_property
-    def sentence_before(self) -> str:
-        return _END_OF_SENTENCE.split(self.before)[-1]
-
-    @cached_property
-    def sentence(self) -> str:
-        return self.sentence_before + self.number.text + _END_OF_SENTENCE.split(self.after, 1)[0]
+from plumbing.innocent_counts import is_small_count
+from plumbing.number_places import Place, units_in
 
 
 def is_innocent(place: Place) -> bool:
@@ -359,112 +265,6 @@ _THOUSANDS = {Fraction(1000**exponent) for exponent in range(1, 4)}
 _ONE_UNIT = re.compile(r"\b(?:one|1) [a-z]+", re.I)
 
 
-# ------------------------------------------------------------------------------------- counts
-
-_NO_NOUN = """
-    of on in at is are was were has have and or from to as by for so then than times plus minus more
-    less fewer wide long high tall deep apart away up down left right over under per with because
-    since which that this it its not too each together
-"""
-_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|[^\W\d_]i|people|dice|mice|geese|feet)"
-_NOUN_BEHIND = re.compile(
-    rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
-    rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
-)
-_DEFINITE_BEFORE = re.compile(
-    r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
-    r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
-    re.I,
-)
-_PARTITIVE = re.compile(
-    r" (?:of (?:the|these|those|them)\b(?!.{0,25}\b(?:are|is|have|lie)\b)|or more\b)"
-)
-_THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other) $", re.I)
-_GENERAL_BEFORE = re.compile(
-    r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{2,30}"
-    r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
-    re.I,
-)
-_STATED_BEFORE = re.compile(
-    r"(?:\b(?:there (?:is|are|were)|shows?|sees?|counts?|total(?: of)?|gives?|makes?|making|equals?"
-    r"|is|are|has|have|reach(?:es)?|contains?|you (?:get|find)|leaves?|leaving|remain\w*|exactly"
-    r"|namely|only|hay|gibt es|son|sind)|[=:≈])(?: about| only| just| exactly)? $",
-    re.I,
-)
-_GRID = re.compile(r" (?:by|x) \d+ (?:table|grid|matrix|board|array|square)")
-_GRID_BEFORE = re.compile(r"\d (?:by|x) $")
-_ONE_OR = re.compile(r"\b(?:one|1|2)\b.*\bor $")
-_CONDITION = re.compile(r"\b(?:if|when|even|odd|always|any|every|each|whenever)\b", re.I)
-
-
-_MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
-
-
-def _is_small_count(place: Place) -> bool:
-    """ "the two lines", "a square has four sides"; not "there are five bars", "7 squares wide"."""
-    if place.value == 2 and _MARKS_BEHIND.match(place.after):
-        return True
-    if place.unit or place.value not in range(2, 13):
-        return False
-    return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
-
-
-_AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
-_OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
-
-
-def _is_count_of_gold(place: Place) -> bool:
-    """The answer is a small number, and the hint counts what nobody asks for: "the two lines"."""
-    noun = _NOUN_BEHIND.match(place.after)
-    before = place.clause_before
-    if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
-        return True
-    if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
-        return False
-    if place.value == 2 and _OF_TWO.search(before):
-        return True
-    return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
-
-
-_NAMED_RESULT = re.compile(r"\bhere [A-Z]_?\{?\w*\}? ?= ?$")  # "here R_p = 2"
-_COUNTED_ALOUD = re.compile(
-    r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|are (?:on|in|at|left|shaded))\b"
-)
-
-
-def _is_count_of_others(place: Place) -> bool:
-    """A count that is no answer. Two always passes; three may stand without a noun."""
-    value, before = place.value, place.clause_before
-    if _NAMED_RESULT.search(before) and not _CONDITION.search(place.clause):
-        return False
-    if value == 2 or before.endswith(" other "):
-        return True
-    if _GRID.match(place.after) or _GRID_BEFORE.search(before):
-        return value <= 10
-    without_noun = (
-        _ONE_OR.search(before) or _PARTITIVE.match(place.after) or _THE_BEFORE.search(before)
-    )
-    if without_noun and value <= 3:
-        return True
-    if _GENERAL_BEFORE.search(before):
-        return True
-    if not _NOUN_BEHIND.match(place.after):
-        return False
-    if _DEFINITE_BEFORE.search(before):
-        return True
-    if not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
-        return False
-    if _STATED_BEFORE.search(before):
-        return value <= 4 and _CONDITION.search(place.clause) is not None
-    return value <= 6
-
-
-def _asks_for(noun: str, question: str) -> bool:
-    """The question asks how many of the noun there are."""
-    stem = re.escape(noun[:-1] if len(noun) > 4 else noun)
-    return re.search(rf"\b(?:how many|number of)\b.{{0,60}}\b{stem}", question, re.I) is not None
-
-
 # -------------------------------------------------------------------------------------- years
 
 _YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
@@ -505,7 +305,7 @@ _RELIEFS = (
     _is_name,
     _is_in_formula,
     _is_fact,
-    _is_small_count,
+    is_small_count,
     _is_year,
     _is_distractor,
     _is_said_of_all,

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing.answers import DIGIT_OR_COMMAND, split_unit, to_number
-from plumbing.innocent_numbers import Place, is_innocent, unit_of, units_in
+from plumbing.innocent_numbers import is_innocent
+from plumbing.number_places import Place, unit_of, units_in
 from plumbing.number_words import Number
 from plumbing.spoiler_case import Case, Gold, is_new, part_value, read_case, whole_numbers
 from plumbing.spoiler_forms import (
