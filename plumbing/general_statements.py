@@ -41,7 +41,7 @@ _RECALLED = re.compile(
 # "hexagons have", "boxes of a grid hold"; "the boxes hold" is said of the picture
 _PLURAL = re.compile(
     r"""
-    ^\W* (?!(?:the|these|those|its|their|both|your)\b) (?:[\w-]+[ ])?
+    (?: ^\W* | ,[ ](?:and[ ])? ) (?!(?:the|these|those|its|their|both|your)\b) (?:[\w-]+[ ])?
     (?!this|is\b|its) [a-z-]+(?:s|i|ae) [ ]
     (?:(?:in|on|of|with|from)[ ](?:an?[ ])?[\w -]{1,30}?)?
     (?: have | contain | hold | need | use | add | carry | range | run | span | lie | last

@@ -1,6 +1,7 @@
 """Which small counts of a hint give nothing away: "the two lines", "a square has four sides"?
 
-XX
+The words before the count decide. A finite verb ("there are", "you find", "shows") states what was
+counted; an article, a quantifier or a preposition speaks of things that the reader sees anyway.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from plumbing.number_places import Place
 
 _NO_NOUN = """
     of on in at is are was were has have and or from to as by for so then than times plus minus more
-    less fewer wide long high tall deep apart away up down left right over under per with because
+    less fewer apart away up down left right over under per with because
     since which that this it its not too each together
 """
-_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|[^\W\d_]i|people|dice|mice|geese|feet)"
+_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|ima|[^\W\d_]i|people|dice|mice|geese|feet)"
 _NOUN_BEHIND = re.compile(
     rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
     rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
@@ -27,25 +28,43 @@ _DEFINITE_BEFORE = re.compile(
 _PARTITIVE = re.compile(
     r" (?:of (?:the|these|those|them)\b(?!.{0,25}\b(?:are|is|have|lie)\b)|or more\b)"
 )
-_THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other) $", re.I)
+_THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
     r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{2,30}"
     r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
     re.I,
 )
-_STATED_BEFORE = re.compile(
-    r"(?:\b(?:there (?:is|are|were)|shows?|sees?|counts?|total(?: of)?|gives?|makes?|making|equals?"
-    r"|is|are|has|have|reach(?:es)?|contains?|you (?:get|find)|leaves?|leaving|remain\w*|exactly"
-    r"|namely|only|hay|gibt es|son|sind)|[=:≈])(?: about| only| just| exactly)? $",
-    re.I,
+# A verb that states the count, with what may stand between: "shows", "you find exactly"
+_STATED = r"""
+    (?: \b(?: there[ ](?:is|are|were) | total(?:[ ]of)? | making | leaving | namely
+        | are | have | had | was | were | find | see | get | count | spot | obtain | remain | reach
+        | hold | stand | sit | cover | show | hay | gibt[ ]es | son | sind
+        | (?!its\b|this\b|plus\b|minus\b|times\b|as\b|versus\b|across\b|towards\b|besides\b)
+          [a-z]{2,}s
+      ) | [=:≈] )
+    (?:[ ](?:about|only|just|exactly|roughly|nearly))?[ ]
+"""
+_STATED_BEFORE = re.compile(rf"{_STATED}$", re.VERBOSE | re.I)
+# "you find 2 flats, 3 rods and": an inventory
+_LISTED_BEFORE = re.compile(
+    rf"{_STATED} (?:\d[\d/]* [^\d;.]{{1,25}}? (?:,[ ]and|,|[ ]and)[ ])+ $", re.VERBOSE | re.I
 )
-_GRID = re.compile(r" (?:by|x) \d+ (?:table|grid|matrix|board|array|square)")
-_GRID_BEFORE = re.compile(r"\d (?:by|x) $")
-_ONE_OR = re.compile(r"\b(?:one|1|2)\b.*\bor $")
-_CONDITION = re.compile(r"\b(?:if|when|even|odd|always|any|every|each|whenever)\b", re.I)
-
-
+_OF_EACH = re.compile(r"\b(?:any|each|every|when|if)\b", re.I)
+_QUANTIFIED = re.compile(
+    r"\b(?:at least|at most|any|no|every|if|when|where|whether|or|which) $", re.I
+)
+# Counts of these are lengths: "2 squares to the left"
+_LENGTH_BEHIND = re.compile(r" (?:small |grid |big |full )?(?:squares|units|boxes|blocks)\b")
+_TABLE = r"(?:table|grid|matrix|board|array|square|block|sudoku)"
+_GRID = re.compile(rf" ?(?:by|x|\*) ?\d+ {_TABLE}")
+_GRID_BEFORE = re.compile(r"\d ?(?:by|x|\*) ?$")
+_TABLE_BEHIND = re.compile(rf" {_TABLE}")
+_COUNTED_ALOUD = re.compile(
+    r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|belong|are (?:on|in|at|left|shaded))\b"
+)
 _MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
+_AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
+_OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
 
 def is_small_count(place: Place) -> bool:
@@ -55,10 +74,6 @@ def is_small_count(place: Place) -> bool:
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
-
-
-_AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
-_OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
 
 def _is_count_of_gold(place: Place) -> bool:
@@ -74,37 +89,27 @@ def _is_count_of_gold(place: Place) -> bool:
     return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
 
 
-_NAMED_RESULT = re.compile(r"\bhere [A-Z]_?\{?\w*\}? ?= ?$")  # "here R_p = 2"
-_COUNTED_ALOUD = re.compile(
-    r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|are (?:on|in|at|left|shaded))\b"
-)
-
-
 def _is_count_of_others(place: Place) -> bool:
-    """A count that is no answer. Two always passes; three may stand without a noun."""
+    """A count that is no answer."""
     value, before = place.value, place.clause_before
-    if _NAMED_RESULT.search(before) and not _CONDITION.search(place.clause):
-        return False
-    if value == 2 or before.endswith(" other "):
-        return True
-    if _GRID.match(place.after) or _GRID_BEFORE.search(before):
+    if _GRID.match(place.after):
         return value <= 10
-    without_noun = (
-        _ONE_OR.search(before) or _PARTITIVE.match(place.after) or _THE_BEFORE.search(before)
-    )
-    if without_noun and value <= 3:
+    if _GRID_BEFORE.search(before) and _TABLE_BEHIND.match(place.after):
+        return value <= 10
+    if before.endswith(" other ") or _GENERAL_BEFORE.search(before):
         return True
-    if _GENERAL_BEFORE.search(before):
+    noun = _NOUN_BEHIND.match(place.after)
+    if noun and _DEFINITE_BEFORE.search(before):
         return True
-    if not _NOUN_BEHIND.match(place.after):
+    if _STATED_BEFORE.search(before) or _LISTED_BEFORE.search(place.sentence_before):
+        return value == 2 and _OF_EACH.search(place.sentence_before) is not None
+    if value > 2 and not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
         return False
-    if _DEFINITE_BEFORE.search(before):
+    if value <= 3 and (_PARTITIVE.match(place.after) or _THE_BEFORE.search(before)):
         return True
-    if not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
-        return False
-    if _STATED_BEFORE.search(before):
-        return value <= 4 and _CONDITION.search(place.clause) is not None
-    return value <= 6
+    if _QUANTIFIED.search(before):
+        return True
+    return noun is not None and value <= 6 and not _LENGTH_BEHIND.match(place.after)
 
 
 def _asks_for(noun: str, question: str) -> bool:

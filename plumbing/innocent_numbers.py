@@ -69,12 +69,13 @@ def _is_name(place: Place) -> bool:
 _CONSTANTS = {*map(Fraction, (2, 3, 4, 90, 100, 180, 360))}
 _CONSTANTS |= {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(4, 3)}
 _FORMULA_BEFORE = re.compile(
-    r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over )$"
+    r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over "
+    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\sqrt ?\{?\d\}?: ?|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
 )
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
     r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
-    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})| (?:bh|gh|ab|ah|lw|mv)\b"
+    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
 )
 _OVER_LETTER = re.compile(r" ?/ ?[A-Za-z|(\\]")
 _FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}
@@ -153,7 +154,7 @@ _SENTENCE_FACTS = [
     ("2 3 4 5 6 7 8 9 10 11", r"divisib|multiples|\bprime"),
     ("10 100 1000", r"power|place value|\btens\b|decimal|centur|decade"),
     ("365 366", r"\bdays\b"),
-    ("2", r"\beven\b|\bodd\b|binary"),
+    ("2", r"\beven\b|\bodd\b|binary|\bEuler"),
     ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
     ("5 12 30 60", r"(?:\bminute|\bhour|dial|(?<!')clock).*\b(?:each|every|full turn|marks)\b"),
     ("6 8 12", r"\bcubes?\b.*\b(?:edges|faces|corners|vertices)\b"),
