@@ -37,7 +37,7 @@ _NAME_BEFORE = re.compile(
 )
 _NOUN_BEFORE = re.compile(r"\b([A-Za-z]{4,}) (?:\d+(?:, (?:and )?| and | or | to |-))*$")
 _ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
-_LETTER_BEFORE = re.compile(r"[A-Za-z]_?$")
+_LETTER_BEFORE = re.compile(r"[A-Za-z](?:_\{?)?$")
 _EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}]\^\{?$")
 _LIST_MARK_BEFORE = re.compile(r"(?:^|[;.:] )\(?$")
 _LIST_MARK_BEHIND = re.compile(r"[.)] ")
@@ -45,7 +45,7 @@ _LIST_MARK_BEHIND = re.compile(r"[.)] ")
 
 def _is_name(place: Place) -> bool:
     """ "net 2", "lines 1, 3 and 6", "R1", "2nd", "3D", "1. Read the bar"."""
-    if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-2:]):
+    if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-3:]):
         return True
     if _LIST_MARK_BEHIND.match(place.after) and _LIST_MARK_BEFORE.search(place.before):
         return not place.is_gold
@@ -128,7 +128,6 @@ def _read_facts(rows: list[tuple[str, str]]) -> dict[Fraction, list[re.Pattern]]
 
 # Values, then a pattern that their sentence must have.
 _SENTENCE_FACTS = [
-    ("90 180 360", r"."),
     ("100", r"%|percent|hundred|whole|out of|\bper 100"),
     ("6 30", r"numeral|minute hand\b.*per minute"),
     ("60", r"equilateral|minute|second|hour"),
@@ -146,13 +145,17 @@ _SENTENCE_FACTS = [
     ("60", r"Minuten|\bminut[oi]s?\b|分钟|Sekunden|\bsegundos?\b|秒"),
     ("5", r"大格|\bMonday to Friday\b|\bweekdays\b|\bworking days\b"),
     ("7", r"opposite (?:faces|sides)"),
-    ("50 1/2", r"%.*\b(?:more|less|over|under|middle|majority|whole|bar)\b|\bhalf\b"),
+    ("50 1/2", r"%.*\b(?:more|less|over|under|middle|majority|whole|bar|level|median)\b|\bhalf\b"),
     ("50 1/2", r"\b(?:more|less|over|under|middle|majority)\b.*%"),
     ("1/10 1/100 1/1000", r"%|per ?cent|percent|decimal"),
     ("10 100 1000 10000 100000 1000000", r"等于|换算|=.*(?:米|克|升)"),
     ("0 1 2 3 4 5 6 7 8 9 10", r"\bdigits?\b|\bfrom 1 to 10\b|\b\d from (?:a |an )?\d\b"),
     ("2 3 4 5 6 7 8 9 10 11", r"divisib|multiples|\bprime"),
-    ("10 100 1000", r"power|place value|\btens\b|decimal|centur|decade"),
+    (
+        "10 100 1000",
+        r"power|place value|\btens\b|decimal|centur|decade|factor of 10|\b10 times|\blog"
+        r"|hundreds chart|\b100 (?:chart|board)|Richter|decibel|\bpH\b",
+    ),
     ("365 366", r"\bdays\b"),
     ("2", r"\beven\b|\bodd\b|binary|\bEuler"),
     ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
@@ -167,6 +170,11 @@ _SENTENCE_FACTS = [
 ]
 # Values, then a pattern that their sentence or the question must have.
 _TOPIC_FACTS = [
+    (
+        "90 180 360",
+        r"degree|angle|\bturn|circle|triang|polygon|quadril|straight|\barcs?\b|\bpie\b|sector"
+        r"|rotat|bearing|compass|parallel|perpendicular|\bring\b|[∠°度角]|Winkel|\bgrad\b|clock",
+    ),
     ("36", r"\b(?:die|dice)\b"),
     ("5 12 60", r"\b(?:clock|dial|hour hand|minute hand)\b"),
     ("12", r"\bmonths?\b|\bMonate?n?\b|\bmeses\b|\bmois\b|个月"),
@@ -202,8 +210,31 @@ _SET_TO = re.compile(
 )
 
 
+# A power of ten as such, "10^{-3}"; "4.2 times 10^5" was read off
+_POWER_OF_TEN = re.compile(r"10(?:\^|$)")
+_POWER_BEHIND = re.compile(r"\^\{?-?\d")
+_POWER_BEFORE = re.compile(r"\b10\^\{?-?$")
+_MULTIPLIED = re.compile(r"\d ?(?:times|[*x]) ?$")
+_SCALE_RUNS = re.compile(
+    r"\bscale (?:runs|goes|ranges|reaches|extends) from -?\d+(?: \([^)]*\))? to -?(?:\d+)?$", re.I
+)
+
+
+def _is_of_scale(place: Place) -> bool:
+    """The power of ten that a prefix means, the ends of a scale: "the pH scale runs from 0 to 14"."""
+    before = place.before
+    if _POWER_BEFORE.search(before[-6:]):
+        return True
+    is_power = "^" in place.number.text or _POWER_BEHIND.match(place.after)
+    if is_power and _POWER_OF_TEN.match(place.number.text):
+        return _MULTIPLIED.search(before[-12:]) is None
+    return _SCALE_RUNS.search(before) is not None
+
+
 def _is_fact(place: Place) -> bool:
     """ "add up to 180 degrees", "100 %", "60 minutes in an hour", "set x = 0"."""
+    if not place.is_gold and _is_of_scale(place):
+        return True
     if place.value in (0, 1) and not place.before.endswith((" -", "=-")):
         return not place.is_gold or _SET_TO.search(place.clause_before) is not None
     if _PI.fullmatch(place.number.text) and _CIRCLE.search(f"{place.sentence} {place.question}"):

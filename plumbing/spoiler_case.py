@@ -201,15 +201,27 @@ _NOUNS = re.compile(r"[A-Za-z\s'-]*")
 _VARIABLE = re.compile(r"\b[a-z]\b", re.I)
 
 
+# "Figure 2" and "sp2" are names, "about 2" is a number
+_QUALIFIERS = "about|around|roughly|nearly|exactly|approximately|only|over|the|all|at|minus"
+_LABEL = re.compile(rf"(?!(?:{_QUALIFIERS})\b)[A-Za-z]+ ?\d+", re.I)
+
+
+def is_label(part: str) -> bool:
+    """The part is a name with a number: "Figure 2"."""
+    return _LABEL.fullmatch(part) is not None
+
+
 def part_value(part: str) -> Fraction | float | None:
-    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for others, as "12 x"."""
+    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for "12 x", "Figure 2"."""
     if part.isascii() and not DIGIT_OR_COMMAND.search(part) and "pi" not in part:
         return None
     value = to_number(split_unit(part)[0])
     if value is not None:
         return value
     found = numbers(part)
-    if len(found) != 1:
+    if len(found) != 1 or is_label(part):
+        return None
+    if part[: found[0].start][-1:].isalpha():  # H2O
         return None
     rest = part[: found[0].start] + part[found[0].end :]
     counts_nouns = _NOUNS.fullmatch(rest) and not _VARIABLE.search(rest) and len(rest.split()) < 4

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from plumbing.answers import ARTICLES, DIGIT_OR_COMMAND, YES_OR_NO
-from plumbing.spoiler_case import CHOSEN, END_OF_CLAUSE, Case, has_word, part_value, plain_words
+from plumbing.spoiler_case import (
+    CHOSEN,
+    END_OF_CLAUSE,
+    Case,
+    has_word,
+    is_label,
+    part_value,
+    plain_words,
+)
 from plumbing.verdicts import COMMON_WORDS, UNDECIDED
 
 _HINT_TALK = """
@@ -23,7 +31,8 @@ def holds_words(case: Case) -> Iterator[str]:
     Words that are offered beside another candidate are fine: "decide whether it is X or Y".
     """
     for part in case.parts:
-        if (DIGIT_OR_COMMAND.search(part) and not case.options) or part_value(part) is not None:
+        is_formula = DIGIT_OR_COMMAND.search(part) and not is_label(part)
+        if (is_formula and not case.options) or part_value(part) is not None:
             continue
         words = " ".join(word for word in plain_words(part).split() if word not in ARTICLES)
         words = words.removesuffix(" one")

@@ -58,6 +58,21 @@ _IF_NOT = re.compile(
 )
 
 
+_CONDITION = re.compile(r"^\W*(?:(?:and|but|so|then) )?(?:if|when|whenever|unless|should)\b", re.I)
+
+
+def decided_clauses(text: str) -> list[str]:
+    """The clauses that leave no verdict open: neither "decide whether" nor what follows an "if"."""
+    decided = []
+    for sentence in sentences(text):
+        for clause in END_OF_CLAUSE.split(sentence):
+            if _CONDITION.search(clause):
+                break
+            if not UNDECIDED.search(clause):
+                decided.append(clause)
+    return decided
+
+
 def says_yes_or_no(case: Case) -> Iterator[str]:
     """Yes or no is said, the claim is judged, or the question comes back as a statement.
 
@@ -69,9 +84,7 @@ def says_yes_or_no(case: Case) -> Iterator[str]:
     asked = [word for word in case.stem_words.split() if word not in COMMON_WORDS]
     text = _IF_NOT.sub(" ", case.text)
     text = ". ".join(piece for piece in sentences(text) if not _BOTH_WAYS.search(piece))
-    for clause in END_OF_CLAUSE.split(text):
-        if UNDECIDED.search(clause):
-            continue
+    for clause in decided_clauses(text):
         if _said(word).search(clause.casefold().strip()):
             yield f"says the answer: {case.answer}"
         if _JUDGED.search(clause) or _states(clause.casefold(), asked):
@@ -92,12 +105,13 @@ def _said(word: str) -> re.Pattern:
     )
 
 
-_CONCLUDES = re.compile(
-    r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b.*"
-    r"\b(?:is|are|was|were|does|do|did|has|have|can|will)\b"
+_CONCLUDES = re.compile(r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b")
+_COPULA = (
+    r"\b(?:is|are|was|were|has|have|(?:turn|come)s? out|proves?|remains?|stays?|seems?|appears?)"
+    r"(?: to be)?\b"
 )
-_COMPARES = re.compile(r"\b(?:is|are|was|were|has|have)\b.* than\b")
-_PREDICATE = re.compile(r"\b(?:is|are|was|were) (?:not |really |also )?(?:an? |the )?([a-z]+)")
+_COMPARES = re.compile(rf"{_COPULA}.* than\b")
+_PREDICATE = re.compile(rf"{_COPULA} (?:not |really |also )?(?:an? |the )?([a-z]+)")
 _DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
 _OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
 
@@ -113,10 +127,10 @@ def _states(clause: str, asked: list[str]) -> bool:
         return False
     if "indeed" in words or _CONCLUDES.search(clause):
         return True
-    if shared >= 3 and _COMPARES.search(clause):
-        return True
     if shared < 2 or _OF_ANY.search(clause):
         return False
+    if _COMPARES.search(clause):
+        return True
     return any(word in asked and word not in _DRAWN for word in _PREDICATE.findall(clause))
 
 
