@@ -221,7 +221,7 @@ _SCALE_RUNS = re.compile(
 
 
 def _is_of_scale(place: Place) -> bool:
-    """The power of ten that a prefix means, the ends of a scale: "the pH scale runs from 0 to 14"."""
+    """A prefix's power of ten, a scale's ends: "the pH scale runs from 0 to 14"."""
     before = place.before
     if _POWER_BEFORE.search(before[-6:]):
         return True

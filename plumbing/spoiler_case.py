@@ -50,7 +50,12 @@ def has_word(word: str, text: str) -> bool:
 
 
 _WORD_SIGN = re.compile(r"\w")
-_LETTER_A = re.compile(r"\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])")
+_LETTER_A = re.compile(
+    r"(?<=[a-z] )A\b|\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])"
+)
+
+
+_IS_LABEL = re.compile(r"[A-Za-z]|[A-Za-z]+ (?:[A-Za-z]|\d)")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Case:
     @property
     def letter(self) -> str | None:
         return None if self.place is None else chr(ord("A") + self.place)
+
+    @cached_property
+    def are_labels(self) -> bool:
+        """The options name pictures or things by a letter or a number: "Figure 2", "line q"."""
+        return bool(self.options) and all(_IS_LABEL.fullmatch(option) for option in self.options)
 
     @cached_property
     def numbers(self) -> list[Number]:

@@ -1,4 +1,4 @@
-"""Rules of plumbing.spoilers on options: the letter, the place, all others excluded."""
+"""Rules of plumbing.spoilers on the gold option: its letter, its place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from plumbing.spoiler_case import LETTERS, ORDINALS, Case, has_word, plain_words, sentences
+from plumbing.spoiler_case import ORDINALS, Case
 
 # "point B" names a point, not the option; "label B" does so too, unless letters are the options.
 _POINTS = """
@@ -107,7 +107,7 @@ def names_place(case: Case) -> Iterator[str]:
             continue
         if _NEIGHBOUR.search(sentence):
             yield f"names the option's place: {case.letter}"
-        if _leaves_one_place(sentence, case):
+        if _is_in_middle(sentence, case):
             yield f"names the option's place: {case.letter}"
         if len(_ANY_ORDINAL.findall(sentence)) > 1:
             continue
@@ -120,16 +120,12 @@ def names_place(case: Case) -> Iterator[str]:
             yield f"names the option's place: {case.letter}"
 
 
-_RUN = re.compile(rf"\b(first|last) (\d) {_LIST}", re.I)
 _IN_MIDDLE = re.compile(rf"\bin the middle of the (?:answer|option|choice)|\bmiddle {_LIST}", re.I)
 
 
-def _leaves_one_place(sentence: str, case: Case) -> bool:
-    """ "the first three candidates fail" of four; "the one in the middle of the answer row"."""
+def _is_in_middle(sentence: str, case: Case) -> bool:
+    """ "the one in the middle of the answer row"."""
     last = len(case.options) - 1
-    run = _RUN.search(sentence)
-    if run and int(run[2]) == last and _OUT.search(sentence):
-        return case.place == (last if run[1].casefold() == "first" else 0)
     return last % 2 == 0 and case.place == last // 2 and bool(_IN_MIDDLE.search(sentence))
 
 
@@ -139,48 +135,3 @@ def _is_gold_place(ordinal: str, case: Case) -> bool:
         return not case.options or case.place == len(case.options) - 1
     place = int(ordinal) - 1 if ordinal.isdecimal() else ORDINALS.index(ordinal)
     return place == case.place
-
-
-_OUT = re.compile(
-    r"\b(?:rul\w+ out|eliminat\w+|discard\w*|exclud\w+|reject\w*|cross\w* out|cannot|can't|fails?"
-    r"|drop\w*|strike|struck|impossible|wrong|nor|not|out)\b",
-    re.I,
-)
-
-
-# "a dilation changes lengths, a translation keeps directions" tells no picture
-_OF_A_KIND = re.compile(r"\W*(?:an?|any|every) ", re.I)
-_LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
-
-
-def excludes_others(case: Case) -> Iterator[str]:
-    """A sentence names all options but the gold one: "A, B and D cannot be it".
-
-    Letters count only with such a word, or where they can be nothing but options.
-    """
-    if case.place is None or len(case.options) == 2:
-        return
-    letters = list(LETTERS[: len(case.options) or 4])
-    are_options = not case.answer and not _CAPITALS.search(case.stem)
-    gold = plain_words(case.answer).strip()
-    others = [letter for letter in letters if letter != case.letter]
-    by_letter = all(letter in case.full for letter in others)
-    full_words = plain_words(case.full)
-    by_words = gold and all(name in full_words for name in case.other_options)
-    if not (by_letter or by_words):
-        return
-    for sentence in sentences(case.full):
-        if _LISTED_TO_CHOOSE.search(sentence):
-            continue
-        is_out = _OUT.search(sentence)
-        if not is_out and (_OF_A_KIND.match(sentence) or gold.isdecimal()):
-            continue
-        if (are_options or is_out) and _only(others, case.letter, sentence):
-            yield "excludes all other options"
-        if gold and case.options and _only(case.other_options, gold, plain_words(sentence)):
-            yield "excludes all other options"
-
-
-def _only(others: list[str], gold: str, sentence: str) -> bool:
-    """The sentence names all others, but not the gold one."""
-    return all(has_word(name, sentence) for name in others) and not has_word(gold, sentence)

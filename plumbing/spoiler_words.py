@@ -38,10 +38,10 @@ def holds_words(case: Case) -> Iterator[str]:
         words = words.removesuffix(" one")
         if not words or words in YES_OR_NO:
             continue
-        if _holds_form(words, case.stem_words):
+        if holds_form(words, case.stem_words):
             if _chooses(words, case):
                 yield f"holds the answer's text: {part}"
-        elif _holds_form(words, case.words):
+        elif holds_form(words, case.words):
             if not all(_offers(sentence) for sentence in _with_form(words, case)):
                 yield f"holds the answer's text: {part}"
         elif _spells_text(words, case.words):
@@ -88,7 +88,7 @@ def word_of_answer(case: Case) -> Iterator[str]:
     for word in dict.fromkeys(answer):
         if word in taken or word in YES_OR_NO or len(word) < 3 or not word.isalpha():
             continue
-        if not _holds_form(word, case.words) or _holds_form(word, f"{others} {case.stem_words}"):
+        if not holds_form(word, case.words) or holds_form(word, f"{others} {case.stem_words}"):
             continue
         if not all(_lists(sentence, others) for sentence in _with_form(word, case)):
             yield f"holds a word of the answer: {word}"
@@ -100,7 +100,7 @@ def _lists(sentence: str, others: str) -> bool:
     return not words.isdisjoint(others.split()) and CHOSEN.search(sentence) is None
 
 
-def _holds_form(words: str, text: str) -> bool:
+def holds_form(words: str, text: str) -> bool:
     """The text has the words in some form. All forms start with the same three letters."""
     # no form changes more than the last three letters
     if words[:3] not in text or (words[: len(words) - 3] not in text and not _is_cut(words)):
@@ -111,7 +111,7 @@ def _holds_form(words: str, text: str) -> bool:
 def _with_form(words: str, case: Case) -> list[str]:
     """The sentences of the hint that have the words in some form."""
     found = [sentence for sentence in case.sentences if words[:3] in sentence.casefold()]
-    return [sentence for sentence in found if _holds_form(words, plain_words(sentence))]
+    return [sentence for sentence in found if holds_form(words, plain_words(sentence))]
 
 
 _MONTHS_AND_DAYS = """

@@ -19,6 +19,7 @@ from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
 from plumbing.number_words import Number
 from plumbing.spoiler_case import Case, Gold, is_new, part_value, read_case, whole_numbers
+from plumbing.spoiler_exclusion import excludes_others
 from plumbing.spoiler_forms import (
     says_line,
     says_otherwise,
@@ -28,9 +29,9 @@ from plumbing.spoiler_forms import (
     says_sign,
     says_time,
 )
-from plumbing.spoiler_options import excludes_others, names_option, names_place
+from plumbing.spoiler_options import names_option, names_place
 from plumbing.spoiler_words import holds_words, says_beginning, word_of_answer
-from plumbing.verdicts import decides_between_two, excludes_one_by_one, says_equal, says_yes_or_no
+from plumbing.verdicts import decides_between_two, says_equal, says_yes_or_no
 
 
 def find_spoilers(
@@ -287,7 +288,6 @@ _RULES = (
     says_sign,
     says_yes_or_no,
     decides_between_two,
-    excludes_one_by_one,
     says_equal,
     holds_words,
     word_of_answer,

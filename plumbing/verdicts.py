@@ -1,4 +1,4 @@
-"""Rules of plumbing.spoilers on verdicts: yes or no, one of two, all but one, "both are equal".
+"""Rules of plumbing.spoilers on verdicts: yes or no, one of two, "both are equal".
 
 A clause that leaves the verdict open ("decide whether", "if") is passed over.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from plumbing.answers import YES_OR_NO
-from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, sentences
+from plumbing.spoiler_case import END_OF_CLAUSE, Case, plain_words, sentences
 
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
@@ -174,40 +174,6 @@ def decides_between_two(case: Case) -> Iterator[str]:
             verb = _FOLLOWS_COPULA.search(rest)
             if verb and _COMPARATIVE.search(rest, verb.end()):
                 yield f"decides between two: {name}"
-
-
-# ------------------------------------------------------------------------- all but one, one by one
-
-_EXCLUDED = re.compile(
-    r"\b(?:rul\w+ out|eliminat\w+|discard\w*|exclud\w+|reject\w*|cross\w* out|cannot|can't|fails?"
-    r"|drops? out|impossible|wrong|false|nor|not|too|no|contradict\w*|doesn't|does not|isn't"
-    r"|dropped|out|conflict\w*)\b",
-    re.I,
-)
-_BREAK = re.compile(r"[;.!?] ")
-_OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
-
-
-def excludes_one_by_one(case: Case) -> Iterator[str]:
-    """Clause after clause excludes an option, until one is left: "not A; B fails; nor is it D"."""
-    if case.place is None or len(case.options) < 3:
-        return
-    left = set(range(len(case.options)))
-    names = [plain_words(option).strip() for option in case.options]
-    marks = [f"({chr(ord('A') + place)})" for place in left]  # there may be more than LETTERS
-    full_words = plain_words(case.full)
-    for place in left - {case.place}:  # the loop below is costly
-        if names[place] not in full_words and marks[place] not in case.full:
-            return
-    for clause in _BREAK.split(case.full):
-        if not _EXCLUDED.search(clause) or _OPEN.search(clause):
-            continue
-        words = plain_words(clause)
-        for place, name in enumerate(names):
-            if has_word(name, words) or marks[place] in clause:
-                left.discard(place)
-    if left == {case.place}:
-        yield "excludes all other options"
 
 
 # -------------------------------------------------------------------------------- both are equal
