@@ -84,9 +84,17 @@ def _is_count_of_gold(place: Place) -> bool:
         return True
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False
-    if place.value == 2 and _OF_TWO.search(before):
+    if place.value == 2 and (_OF_TWO.search(before) or _begins_phrase(place)):
         return True
     return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
+
+
+_SAYS_OF_THEM = re.compile(r"[^;.,]*\b(?:is|are|have|has|was|were|can|stand|lie|sit)\b")
+
+
+def _begins_phrase(place: Place) -> bool:
+    """ "Two points of the line" as a place to look at; nothing is said of them."""
+    return not place.clause_before.strip() and not _SAYS_OF_THEM.match(place.after)
 
 
 def _is_count_of_others(place: Place) -> bool:

@@ -283,7 +283,8 @@ def _known(stem: str, options: list[str], gold: int | None) -> set[Fraction | fl
 _OPEN_CHOICE = re.compile(r"\b(?:or|whether|between|versus|vs)\b", re.I)
 _RANGE = re.compile(r"\b(?:to|through)\b|-")
 CHOSEN = re.compile(
-    r"\b(?:so|therefore|thus|hence|leaving|leaves only|than|rather|instead|unlike|except|but not"
+    r"\b(?:so(?! (?:forth|on)\b)|therefore|thus|hence|leaving|leaves only|than"
+    r"|rather|instead|unlike|except|but not"
     r"|must be|but|turns out|is ahead|comes first|followed by"
     r"|outweigh\w*|clearly|visibly|because)\b",
     re.I,

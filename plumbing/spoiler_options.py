@@ -82,12 +82,20 @@ _PLACE_NAMES = [
         rf"\b{_ORDINAL} (?:one |entry )?(?:in|on) the list\b",
         rf"\b{_ORDINAL} of (?:those|the ones) listed\b",
         rf"\bonly the {_ORDINAL} one\b",
-        rf"\b{_LIST}\b.*\bthe {_ORDINAL}(?! [a-z])",
+        rf"\bonly one {_LIST}, the {_ORDINAL}\b",
     )
 ]
 _PLACED_THING = re.compile(rf"\b{_ORDINAL} (?P<noun>[a-z]+)", re.I)
-_AGREES = re.compile(
-    rf"\b{_ORDINAL} (?:claim|statement|sentence) (?:agrees|holds|is true|is right|is correct)\b",
+_PICTURED = """
+    panel picture image figure graph drawing diagram net table story sketch plot curve line bar
+    reaction shape pattern map chart card tile one
+"""
+_SAID = "statement claim sentence description explanation conclusion"
+# "the third panel satisfies", "the second of the pictures keeps"; not "the first bar stands for"
+_VERDICT_ON = re.compile(
+    rf"\bthe {_ORDINAL} (?:(?P<noun>[a-z]+)|of (?:the|these|those|all)(?: \w+){{1,3}}),?"
+    r" (?!(?:stands for|represents|belongs|comes|follows|begins|starts|ends|depends)\b)"
+    r"(?:is|has|[a-z]{2,}s)\b",
     re.I,
 )
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
@@ -114,10 +122,17 @@ def names_place(case: Case) -> Iterator[str]:
         matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
         things = _PLACED_THING.finditer(sentence)
         matches += [match for match in things if match["noun"].casefold() in asked]
-        if case.options and "statement" in case.stem_words:
-            matches += list(_AGREES.finditer(sentence))
+        matches += [match for match in _VERDICT_ON.finditer(sentence) if _is_option(match, case)]
         if any(_is_gold_place(match["ordinal"].casefold(), case) for match in matches):
             yield f"names the option's place: {case.letter}"
+
+
+def _is_option(match: re.Match, case: Case) -> bool:
+    """What stands in that place is an option: the options are pictures, or it is a statement."""
+    noun = (match["noun"] or "one").casefold()
+    if case.options and noun in _SAID.split():
+        return True
+    return (case.are_labels or not case.answer) and noun in _PICTURED.split()
 
 
 _IN_MIDDLE = re.compile(rf"\bin the middle of the (?:answer|option|choice)|\bmiddle {_LIST}", re.I)

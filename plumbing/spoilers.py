@@ -53,7 +53,7 @@ def find_spoilers(
 _VERBS = "choose select find pick mark identify"
 _NOT_SOUGHT = "".join(rf"(?<!{verb} the )" for verb in _VERBS.split())
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|solution)\s*(?:is|:|=|must be|should be|equals)"
+    r"\b(?:answer|(?<!an )(?<!a )solution)\s*(?:is|:|=|must be|should be|equals)"
     rf"|{_NOT_SOUGHT}\b(?:correct|right) (?:option|choice|answer) (?!and\b|among\b|by\b)",
     re.I,
 )
@@ -65,8 +65,8 @@ _IS_OF_KIND = re.compile(
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
     r"|month|day|place|volume|distance|speed|interval|expression)\b(?! (?:near|close|that|which))"
-    r"|the (?:figure|one|item|name|option|value|number|word) (?:that|which|whose)\b"
-    r"(?=.*\b(?:others|all|asked|same|remains)\b))",
+    r"|the (?:figure|one|item|name|option|value|number|word) (?:that|which|whose|with|without)\b"
+    r"(?=.*\b(?:others|all|asked|same|remains|tick|mark|tally)\b))",
     re.I,
 )
 _ANY_DIGIT = re.compile(r"\d")
