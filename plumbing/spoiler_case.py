@@ -58,6 +58,16 @@ _LETTER_A = re.compile(
 _IS_LABEL = re.compile(r"[A-Za-z]|[A-Za-z]+ (?:[A-Za-z]|\d)")
 
 
+# What leaves a verdict open
+OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
+# What tells the reader to do something with things: "fold shapes 1, 2 and 4", "look where"
+TO_DO = re.compile(
+    r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use)\b"
+    r"|\b(?:if|whether|then)\b",
+    re.I,
+)
+
+
 @dataclass(frozen=True)
 class Gold:
     """A part of the answer that is a number."""

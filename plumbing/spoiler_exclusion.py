@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from plumbing.spoiler_case import LETTERS, ORDINALS, Case, has_word, plain_words
+from plumbing.spoiler_case import LETTERS, OPEN, ORDINALS, TO_DO, Case, has_word, plain_words
 from plumbing.spoiler_words import holds_form
 from plumbing.verdicts import COMMON_WORDS
 
@@ -16,14 +16,7 @@ _OUT = re.compile(
     r"|contradict\w*|conflict\w*|doesn't|don't|isn't|aren't)\b",
     re.I,
 )
-_OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
 _LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
-# What tells the reader to do something with things: "fold shapes 1, 2 and 4", "look where"
-_TO_DO = re.compile(
-    r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use)\b"
-    r"|\b(?:if|whether|then)\b",
-    re.I,
-)
 # "a dilation changes lengths, a translation keeps directions" tells no picture
 _OF_A_KIND = re.compile(r"\W*(?:an?|any|every) ", re.I)
 _SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
@@ -49,7 +42,7 @@ def excludes_others(case: Case) -> Iterator[str]:
         is_out = _OUT.search(sentence) is not None
         for reading in readings:
             named = _named(reading.names, sentence)
-            if is_out and one_by_one and not _OPEN.search(sentence):
+            if is_out and one_by_one and not OPEN.search(sentence):
                 left -= named
             if named == others and (is_out or (reading.is_sure and not _leaves_open(sentence))):
                 yield "excludes all other options"
@@ -70,7 +63,7 @@ class _Reading(NamedTuple):
 
 def _leaves_open(sentence: str) -> bool:
     """The sentence names things without a word of exclusion and says nothing of this picture."""
-    return bool(_OF_A_KIND.match(sentence) or _TO_DO.search(sentence))
+    return bool(_OF_A_KIND.match(sentence) or TO_DO.search(sentence))
 
 
 def _readings(case: Case) -> list[_Reading]:
@@ -126,7 +119,7 @@ def _excludes_by_place(others: set[int], case: Case) -> bool:
         return False
     last = len(case.options) - 1
     for sentence in _SENTENCE.split(case.text):
-        if _TO_DO.search(sentence) or not (case.are_labels or _OUT.search(sentence)):
+        if TO_DO.search(sentence) or not (case.are_labels or _OUT.search(sentence)):
             continue
         named = set()
         for end, number in _RUN.findall(sentence):

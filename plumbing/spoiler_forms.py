@@ -33,21 +33,27 @@ def says_time(case: Case) -> Iterator[str]:
 
 
 _RATIO = re.compile(r"(\d+) ?(?::|/|to|\\colon) ?(\d+)")
-_TWICE = re.compile(r"\b(?:twice|doubled?|1/2|2 times) (?:as|the|of|that)\b", re.I)
-_FOR_EVERY = re.compile(r"\b(?:for every|for each|per) (\d+) [^;.]{0,40}?\b(\d+)\b")
+_ASKS_FACTOR = re.compile(r"\b(?:factor|ratio|scale|times)\b", re.I)
+_MULTIPLE_WORDS = {2: "twice|doubled?|1/2|2 times", 3: "triple[ds]?|3 times"}
+_FOR_EVERY = re.compile(r"\b(?:for every|for each|per) (\d+) [^;.]{0,40}?\b(\d+)\b", re.I)
 
 
 def says_ratio(case: Case) -> Iterator[str]:
-    """ "twice as long" for the ratio 1:2, "for every 2 cats there are 3 dogs" for 2:3."""
+    """ "twice as long" for the ratio 1:2 or the factor 2, "for every 2 cats 3 dogs" for 2:3."""
     match = _RATIO.fullmatch(case.answer)
-    if not match or 0 in (int(match[1]), int(match[2])):
+    if match and 0 not in (int(match[1]), int(match[2])):
+        ratio = Fraction(int(match[1]), int(match[2]))
+        pairs = {frozenset(pair) for pair in _FOR_EVERY.findall(case.text)}
+        is_pair = frozenset(match.groups()) in pairs
+    elif case.golds and case.golds[0].value and _ASKS_FACTOR.search(case.stem):
+        ratio, is_pair = case.golds[0].value, False
+    else:
         return
-    ratio = Fraction(int(match[1]), int(match[2]))
     factor = max(ratio, 1 / ratio)
-    said = _TWICE if factor == 2 else re.compile(rf"\b{factor} times (?:as|the|that)\b")
-    pairs = {frozenset(pair) for pair in _FOR_EVERY.findall(case.text)}
-    is_factor = said.search(case.text) and not said.search(case.stem)
-    if is_factor or frozenset(match.groups()) in pairs:
+    # "double it at the end" at the start of a sentence is a step
+    words = _MULTIPLE_WORDS.get(factor, f"{factor} times")
+    said = re.compile(rf"(?<=[\w,] )(?:{words}) (?:as|the|of|that|its)\b", re.I)
+    if is_pair or (said.search(case.text) and not said.search(case.stem)):
         yield f"says the ratio: {case.answer}"
 
 
@@ -116,18 +122,30 @@ def says_otherwise(case: Case) -> Iterator[str]:
 
 
 _SHARE = re.compile(r"\b(one|1|\d+)(?: [a-z]+)? (?:out )?of (?:the )?(\d+)\b", re.I)
-_GROWTH = re.compile(r"\b(?:by|exactly) a (third|quarter|fifth|tenth)\b", re.I)
+_PART = re.compile(
+    r"\b(?:by|exactly|only|just|about) (?:a|one) (third|quarter|fifth|tenth)\b", re.I
+)
 _PARTS_OF_ONE = {"third": 3, "quarter": 4, "fifth": 5, "tenth": 10}
+_REST = re.compile(
+    r"\b(?:left|rest|remain\w*|stays?|not|un\w+ed|white|blank|empty|missing|gone|without)\b", re.I
+)
 
 
 def says_share(case: Case) -> Iterator[str]:
-    """ "one box out of four" for 1/4, "exceeds it by exactly a quarter" for 25 %."""
+    """ "one box out of four" for 1/4, "just one of the four parts is left" for 3/4."""
     if not any(form < 1 for gold in case.golds for form in gold.forms):
         return
-    said = {Fraction(1, _PARTS_OF_ONE[word.casefold()]) for word in _GROWTH.findall(case.text)}
-    for top, bottom in _SHARE.findall(case.text):
-        if int(bottom[:9]) and f"of {bottom}" not in case.stem:
-            said.add(Fraction(1 if top.casefold() == "one" else int(top[:9]), int(bottom[:9])))
+    said = set()
+    for sentence in case.sentences:
+        shares = {Fraction(1, _PARTS_OF_ONE[word.casefold()]) for word in _PART.findall(sentence)}
+        for top, bottom in _SHARE.findall(sentence):
+            if int(bottom[:9]) and f"of {bottom}" not in case.stem:
+                shares.add(
+                    Fraction(1 if top.casefold() == "one" else int(top[:9]), int(bottom[:9]))
+                )
+        said |= shares
+        if _REST.search(sentence):
+            said |= {1 - share for share in shares}
     for gold in case.golds:
         if said.intersection(gold.forms):
             yield f"says the share: {gold.part}"

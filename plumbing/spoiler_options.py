@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from plumbing.spoiler_case import ORDINALS, Case
+from plumbing.spoiler_case import LETTERS, OPEN, ORDINALS, TO_DO, Case, has_word
 
 # "point B" names a point, not the option; "label B" does so too, unless letters are the options.
 _POINTS = """
@@ -70,6 +70,35 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
     return False
 
 
+# What sets one of several things apart from the rest
+_SETS_APART = re.compile(
+    r"\b(?:unlike|whereas|while|only|alone|others?|than|exactly|fits?|match\w*|works?|agrees?"
+    r"|satisf\w*|perfectly|nicely)\b",
+    re.I,
+)
+
+
+def singles_out(case: Case) -> Iterator[str]:
+    """Of options that are labels a sentence names one: "in C the star fits, unlike in the others".
+
+    What names other labels too, asks the reader to do something or leaves it open is passed over.
+    """
+    if case.place is None or not (case.are_labels or not case.answer):
+        return
+    labels = [(option.split() or [""])[-1] for option in case.options] or list(LETTERS[:4])
+    if case.place >= len(labels):
+        return
+    asked = {label for label in labels if label in case.stem.split()}
+    gold = labels.pop(case.place)
+    if gold in (*_WORDS_OF_ONE_LETTER, "a") or (gold in asked and not asked.issuperset(labels)):
+        return
+    for sentence in case.sentences:
+        if not has_word(gold, sentence) or any(has_word(label, sentence) for label in labels):
+            continue
+        if _SETS_APART.search(sentence) and not (OPEN.search(sentence) or TO_DO.search(sentence)):
+            yield f"singles out the option: {gold}"
+
+
 _LIST = r"(?:option|choice|answer|alternative|candidate|possibility|entry (?:in|of) the \w+)s?"
 _ORDINAL = rf"(?P<ordinal>{'|'.join(ORDINALS)}|\d(?=st|nd|rd|th)|last|final)(?:st|nd|rd|th)?"
 _PLACE_NAMES = [
@@ -82,7 +111,7 @@ _PLACE_NAMES = [
         rf"\b{_ORDINAL} (?:one |entry )?(?:in|on) the list\b",
         rf"\b{_ORDINAL} of (?:those|the ones) listed\b",
         rf"\bonly the {_ORDINAL} one\b",
-        rf"\bonly one {_LIST}, the {_ORDINAL}\b",
+        rf"\bonly (?:one|1) {_LIST}, the {_ORDINAL}\b",
     )
 ]
 _PLACED_THING = re.compile(rf"\b{_ORDINAL} (?P<noun>[a-z]+)", re.I)

@@ -29,7 +29,7 @@ from plumbing.spoiler_forms import (
     says_sign,
     says_time,
 )
-from plumbing.spoiler_options import names_option, names_place
+from plumbing.spoiler_options import names_option, names_place, singles_out
 from plumbing.spoiler_words import holds_words, says_beginning, word_of_answer
 from plumbing.verdicts import decides_between_two, says_equal, says_yes_or_no
 
@@ -279,6 +279,7 @@ _RULES = (
     says_ratio,
     names_option,
     names_place,
+    singles_out,
     excludes_others,
     _holds_expression,
     says_relation,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from plumbing.answers import YES_OR_NO
-from plumbing.spoiler_case import END_OF_CLAUSE, Case, plain_words, sentences
+from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, sentences
 
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
@@ -152,25 +152,36 @@ _FOLLOWS_COPULA = re.compile(
 _TWO_OF_STEM = re.compile(r"[,:] (?:the )?([\w' -]{1,25}?) or (?:the )?([\w' -]{1,25}?)(?:,.*)?\?")
 
 
+_EQUAL_ANSWER = re.compile(r"\b(?:equal|same|tie|neither|both|no difference)\b", re.I)
+_LABELLED = re.compile(r"[A-Za-z]+ (?:[A-Za-z]|\d)")
+
+
 def _two_names(case: Case) -> list[str]:
     """The two things between which a question lets one choose: "Which is taller, A or B?"."""
     if case.options:
-        names = [plain_words(option).strip() for option in case.options]
+        options = [option for option in case.options if not _EQUAL_ANSWER.search(option)]
+        if case.are_labels or all(_LABELLED.fullmatch(option) for option in options):
+            options = [option.split()[-1] for option in options]
+        names = [option if len(option) == 1 else plain_words(option) for option in options]
+        names = [name.strip() for name in names]
     else:
         match = _TWO_OF_STEM.search(case.stem)
         names = [plain_words(name).strip() for name in match.groups()] if match else []
     names = [re.sub(r"^(?:the|an?) ", "", name) for name in names]
-    names = [name for name in names if name not in YES_OR_NO and len(name) > 1]
+    names = [name for name in names if name not in YES_OR_NO and name != "a"]
     return names if len(names) == 2 else []
 
 
 def decides_between_two(case: Case) -> Iterator[str]:
     """A clause compares one of two things: "the pear's pan is the lower one"."""
     for name in _two_names(case):
-        for clause in END_OF_CLAUSE.split(case.text.casefold()):
-            if name not in clause or UNDECIDED.search(clause) or clause.startswith((" a ", " an ")):
+        text = case.text if len(name) == 1 else case.text.casefold()
+        for clause in END_OF_CLAUSE.split(text):
+            if not has_word(name, clause) or UNDECIDED.search(clause):
                 continue
-            rest = clause[clause.index(name) + len(name) :]
+            if clause.startswith((" a ", " an ")):
+                continue
+            rest = re.split(rf"(?<!\w){re.escape(name)}(?!\w)", clause, maxsplit=1)[1]
             verb = _FOLLOWS_COPULA.search(rest)
             if verb and _COMPARATIVE.search(rest, verb.end()):
                 yield f"decides between two: {name}"
@@ -178,7 +189,6 @@ def decides_between_two(case: Case) -> Iterator[str]:
 
 # -------------------------------------------------------------------------------- both are equal
 
-_EQUAL_ANSWER = re.compile(r"\b(?:equal|same|tie|neither|both|no difference)\b", re.I)
 _EQUAL_SAID = re.compile(
     r"\b(?:both|they|the 2|each)\b[\w' -]{0,40}"
     r"\b(?:have|has|cover|show|reach|are|is|hold|weigh|cost|make|give|contain)\b[\w' -]{0,20}"
