@@ -21,15 +21,17 @@ _PARTS = "|".join(f"{name}s?" for name in _PARTS.split())
 _INDEFINITE = re.compile(
     rf"""
     (?: ^\W* | ,[ ] | \b(?:that|since|as|because|and|while|but|in|for|of|with|on|at|so|by)[ ] )
-    (?:an?|any|no|one|1|each|every|all(?![ ]but)|most|many|some)[ ]
+    (?:an?|any|no|one|1|each|every|(?<!of[ ])all(?![ ]but)|most|many|some)[ ]
     (?!(?:[\w-]+[ ])?(?:{_PARTS})\b) [\w-]{{2,}}
+    | \ban?[ ]{{2,}}  # a described candidate that was taken out
     """,
     re.VERBOSE | re.I,
 )
 # "remember that", "by convention", "if it has one", as a rule said of all cases
 _RECALLED = re.compile(
     r"""
-    \b(?: remember | recall | in[ ]mind | definition | defined | convention\w* | in[ ]general
+    \b(?: in[ ](?:most|many)[ ] | for[ ](?:orientation|comparison|reference)
+      | remember | recall | in[ ]mind | definition | defined | convention\w* | in[ ]general
       | generally | usual(?:ly)? | typical(?:ly)? | normal(?:ly)? | standard | common(?:ly)?
       | for[ ](?:example|instance) | e\.g\. | such[ ]as | would | suppose | imagine | regarded
       | counts?[ ]as | always | never | any

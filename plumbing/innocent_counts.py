@@ -30,7 +30,7 @@ _PARTITIVE = re.compile(
 )
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
-    r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{2,30}"
+    r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{1,30}"
     r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
     re.I,
 )
@@ -63,6 +63,7 @@ _COUNTED_ALOUD = re.compile(
     r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|belong|are (?:on|in|at|left|shaded))\b"
 )
 _MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
+_TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
 _OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
@@ -71,6 +72,8 @@ def is_small_count(place: Place) -> bool:
     """ "the two lines", "a square has four sides"; not "there are five bars", "7 squares wide"."""
     if place.value == 2 and _MARKS_BEHIND.match(place.after):
         return True
+    if place.value == 2 and _TWO_TIMES.match(place.after) and _THE_BEFORE.search(place.before):
+        return not place.is_gold
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)

@@ -59,6 +59,9 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
         return False
     if any(letter in name for name in _CAPITALS.findall(case.stem)):
         return False
+    names_all = all(has_word(option[-1:], case.text) for option in case.options)
+    if case.are_labels and names_all and not _SETS_APART.search(case.text):
+        return False  # "go round A, then round B"
     asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
     are_options = bool(case.options) and not case.answer
     labels = (_POINTS if are_options else _POINTS | _LABELS | {"at", "and"}) - asked

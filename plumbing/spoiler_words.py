@@ -23,6 +23,7 @@ _HINT_TALK = """
     type line point side picture figure axis table graph chart bar label part area answer such
 """
 _HINT_TALK = set(_HINT_TALK.split())
+_SIDES = {"left", "right", "upper", "lower"}
 
 
 def holds_words(case: Case) -> Iterator[str]:
@@ -85,6 +86,8 @@ def word_of_answer(case: Case) -> Iterator[str]:
         return
     others = " ".join(case.other_options)
     taken = COMMON_WORDS if case.options else COMMON_WORDS | _HINT_TALK
+    if len(answer) > 1:
+        taken = taken | _SIDES  # "the patient's left" for "left kidney"
     for word in dict.fromkeys(answer):
         if word in taken or word in YES_OR_NO or len(word) < 3 or not word.isalpha():
             continue

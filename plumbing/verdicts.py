@@ -15,7 +15,7 @@ from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, se
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
     has have had not no than as more most less least does do did will can may which who whose what
-    when where how all only both each other into their they there between same one
+    when where how all some any every only both each other into their they there between same one
 """
 COMMON_WORDS = set(_COMMON.split())
 # ---------------------------------------------------------------------------------- yes or no
