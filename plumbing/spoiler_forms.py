@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from plumbing.answers import to_number
 from plumbing.spoiler_case import Case, is_new
-from plumbing.verdicts import UNDECIDED
+from plumbing.verdicts import UNDECIDED, decided_clauses
 
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?: ?[ap]\.?m\.?)?", re.I)
 
@@ -149,6 +149,52 @@ def says_share(case: Case) -> Iterator[str]:
     for gold in case.golds:
         if said.intersection(gold.forms):
             yield f"says the share: {gold.part}"
+
+
+# A trend or a direction, and what says it of this picture
+_RISES = "rises climbs grows increases rose grew climbed"
+_FALLS = "falls drops declines decreases sinks fell dropped declined sank"
+
+
+def _said_of(verbs: str, stems: str, way: str, side: str) -> re.Pattern:
+    """A pattern: "rises", "keeps rising", "points up", "is higher"."""
+    return re.compile(
+        rf"\b(?:{'|'.join(verbs.split())}|(?:keeps?|is|are|was|steadily) (?:{stems})ing"
+        rf"|(?:goes|go|went|points?|runs?|opens?) {way}\w*|(?:is|are|was|lies) {side})\b",
+        re.I,
+    )
+
+
+_TRENDS = [
+    (
+        re.compile(r"(?:it )?(?:increas\w+|ris\w+|rose|grow\w*|grew|upwards?|up)\.?", re.I),
+        _said_of(_RISES, "ris|climb|grow|increas", "up", "higher"),
+    ),
+    (
+        re.compile(r"(?:it )?(?:decreas\w+|f[ae]ll\w*|drop\w*|declin\w+|downwards?|down)\.?", re.I),
+        _said_of(_FALLS, "fall|dropp|declin|decreas|sink", "down", "lower"),
+    ),
+]
+_WHILE = re.compile(r"\b(?:as|while|with) (?:\w+ ){1,3}?(?:grows|rises|increases|falls|drops)\b")
+_SLOPED = re.compile(r"\b(?:slope|correlation|trend|gradient)\b", re.I)
+_OF_ANY_LINE = re.compile(r"^\W*(?:an?|any|every|each) |\b(?:where|that|which)\b", re.I)
+
+
+def says_trend(case: Case) -> Iterator[str]:
+    """ "the line keeps rising" for increasing; not "see whether it rises or falls"."""
+    answer = case.answer
+    if _SLOPED.search(case.stem):
+        answer = {"positive": "up", "negative": "down"}.get(answer.casefold(), answer)
+    gold = [place for place, (form, _) in enumerate(_TRENDS) if form.fullmatch(answer)]
+    if not gold:
+        return
+    said, opposite = _TRENDS[gold[0]][1], _TRENDS[1 - gold[0]][1]
+    for clause in decided_clauses(case.text):
+        clause = _WHILE.sub(" ", clause)
+        if _OF_ANY_LINE.search(clause) or not said.search(clause):
+            continue
+        if not opposite.search(clause):
+            yield f"says the trend: {case.answer}"
 
 
 _SIGN_SAID = {

@@ -28,6 +28,7 @@ from plumbing.spoiler_forms import (
     says_share,
     says_sign,
     says_time,
+    says_trend,
 )
 from plumbing.spoiler_options import names_option, names_place, singles_out
 from plumbing.spoiler_words import holds_words, says_beginning, word_of_answer
@@ -287,6 +288,7 @@ _RULES = (
     says_otherwise,
     says_share,
     says_sign,
+    says_trend,
     says_yes_or_no,
     decides_between_two,
     says_equal,
