@@ -28,9 +28,12 @@ def sentences(text: str) -> list[str]:
     return _END_OF_SENTENCE.split(text)[::2]
 
 
+_NO_WORD = re.compile(r"[^\w\s-]+")
+
+
 def plain_words(text: str) -> str:
     """A text without case and punctuation, for the rules on words: "Mon-day!" -> "mon-day "."""
-    return re.sub(r"[^\w\s-]+", " ", text.casefold())
+    return _NO_WORD.sub(" ", text.casefold())
 
 
 def has_word(word: str, text: str) -> bool:

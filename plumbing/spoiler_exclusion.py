@@ -37,11 +37,14 @@ def excludes_others(case: Case) -> Iterator[str]:
     text = f"{case.full} {plain_words(case.full)}"
     readings = [reading for reading in _readings(case) if _may_name(reading.names, others, text)]
     for sentence in _SENTENCE.split(case.full) if readings else ():
-        if _LISTED_TO_CHOOSE.search(sentence):
-            continue
         is_out = _OUT.search(sentence) is not None
+        words = plain_words(sentence)
         for reading in readings:
-            named = _named(reading.names, sentence)
+            if not (is_out or reading.is_sure):
+                continue
+            named = _named(reading.names, sentence, words)
+            if not named or _LISTED_TO_CHOOSE.search(sentence):
+                continue
             if is_out and one_by_one and not OPEN.search(sentence):
                 left -= named
             if named == others and (is_out or (reading.is_sure and not _leaves_open(sentence))):
@@ -91,9 +94,8 @@ def _may_name(names: list[list[str]], others: set[int], text: str) -> bool:
     return all(any(name[:5] in text for name in names[place]) for place in others)
 
 
-def _named(names: list[list[str]], sentence: str) -> set[int]:
+def _named(names: list[list[str]], sentence: str, words: str) -> set[int]:
     """The places of the options that the sentence names."""
-    words = plain_words(sentence)
     return {
         place
         for place, called in enumerate(names)
@@ -109,13 +111,14 @@ def _is_named(name: str, sentence: str, words: str) -> bool:
     return has_word(name, words) or (len(name) > 3 and " " not in name and holds_form(name, words))
 
 
+_ANY_PLACE = re.compile(r"first|last")
 _RUN = re.compile(r"\b(first|last) ([2-9])\b", re.I)
 _ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b(?! [2-9])", re.I)
 
 
 def _excludes_by_place(others: set[int], case: Case) -> bool:
     """ "the first three candidates fail", "the first, the second and the last have a hole"."""
-    if not case.options:
+    if not case.options or not _ANY_PLACE.search(case.text):
         return False
     last = len(case.options) - 1
     for sentence in _SENTENCE.split(case.text):
