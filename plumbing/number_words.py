@@ -295,7 +295,7 @@ def numbers(text: str) -> list[Number]:
     for match in _NUMBER.finditer(text):
         bare = match[0][:_LONGEST_NUMBER].rstrip("% ")
         forms = dict.fromkeys((match[0][:_LONGEST_NUMBER], bare))
-        values = [Fraction(bare) if form.isdecimal() else to_number(form) for form in forms]
+        values = [Fraction(int(bare)) if form.isdecimal() else to_number(form) for form in forms]
         values = tuple(value for value in values if value is not None)
         if values:
             decimals = len(bare.partition(".")[2])

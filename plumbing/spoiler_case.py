@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from plumbing.answers import DIGIT_OR_COMMAND, pick_option, split_unit, to_number, unboxed
 from plumbing.number_words import Number, normal, numbers
@@ -234,6 +234,7 @@ def is_label(part: str) -> bool:
     return _LABEL.fullmatch(part) is not None
 
 
+@lru_cache(maxsize=1024)
 def part_value(part: str) -> Fraction | float | None:
     """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for "12 x", "Figure 2"."""
     if part.isascii() and not DIGIT_OR_COMMAND.search(part) and "pi" not in part:
@@ -262,7 +263,7 @@ _WHOLE = re.compile(r"\d+")
 
 def whole_numbers(text: str) -> set[Fraction]:
     """The digits of a number's text: "3/4" -> 3, 4. What is longer than 20 digits is cut."""
-    return {Fraction(digits[:20]) for digits in _WHOLE.findall(text)}
+    return {Fraction(int(digits[:20])) for digits in _WHOLE.findall(text)}
 
 
 def _stated(text: str) -> set[Fraction | float]:
