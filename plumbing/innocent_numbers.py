@@ -330,7 +330,22 @@ def _is_said_of_all(place: Place) -> bool:
     """ "a hexagon has angles of 120 degrees", "remember that a dime is 10 cents", "not 100"."""
     if place.is_gold or (place.number.decimals == 2 and place.unit and place.unit[0] == "money"):
         return False  # "a coffee costs $3.25" is read off
-    return is_general(place.sentence_before, place.sentence)
+    return is_general(place.sentence_before, place.sentence) or _describes_kinds(place)
+
+
+_TAKEN_OUT = re.compile(r" {2,}")
+_ASKS_TO_COMPARE = re.compile(
+    r"\b(?:most|least|more|less|fewer|fewest|first|last|how|\w+est"
+    r"|(?:larg|high|small|great|long|tall|low|short|fast|slow|heavi|cheap)er)\b",
+    re.I,
+)
+
+
+def _describes_kinds(place: Place) -> bool:
+    """A small count in a sentence on several kinds, which were taken out: "2 for sp, 3 for sp2"."""
+    if place.unit or place.value not in range(13) or _ASKS_TO_COMPARE.search(place.question):
+        return False
+    return len(_TAKEN_OUT.findall(place.sentence)) > 1
 
 
 _RELIEFS = (

@@ -58,6 +58,7 @@ _LETTER_A = re.compile(
 )
 
 
+SAYS_EQUAL = re.compile(r"\b(?:equal|equally|same|tie|neither|both|no difference)\b", re.I)
 _IS_LABEL = re.compile(r"[A-Za-z]|[A-Za-z]+ (?:[A-Za-z]|\d)")
 
 
@@ -66,7 +67,7 @@ OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|e
 # What tells the reader to do something with things: "fold shapes 1, 2 and 4", "look where"
 TO_DO = re.compile(
     r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use)\b"
-    r"|\b(?:if|whether|then)\b",
+    r"|\b(?:if|whether|then|recall|remember)\b",
     re.I,
 )
 
@@ -99,9 +100,15 @@ class Case:
         return None if self.place is None else chr(ord("A") + self.place)
 
     @cached_property
-    def are_labels(self) -> bool:
-        """The options name pictures or things by a letter or a number: "Figure 2", "line q"."""
-        return bool(self.options) and all(_IS_LABEL.fullmatch(option) for option in self.options)
+    def labels(self) -> list[str]:
+        """Of options that name pictures or things: "2" of "Figure 2", "q" of "line q"; else empty.
+
+        An option that says that things are equal has the label "".
+        """
+        things = [option for option in self.options if not SAYS_EQUAL.search(option)]
+        if len(things) < 2 or not all(_IS_LABEL.fullmatch(option) for option in things):
+            return []
+        return [option.split()[-1] if option in things else "" for option in self.options]
 
     @cached_property
     def numbers(self) -> list[Number]:

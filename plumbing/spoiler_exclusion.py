@@ -84,7 +84,7 @@ def _readings(case: Case) -> list[_Reading]:
         others = {word for other in words[:place] + words[place + 1 :] for word in other}
         own = [word for word in words[place] if word not in others and word not in COMMON_WORDS]
         own = [word for word in own if len(word) > 2 and word.isalpha() and not _denies(raw)]
-        label = raw.split()[-1:] if case.are_labels else []
+        label = [case.labels[place]] if case.labels else []
         names.append([name for name in (raw if len(raw) == 1 else option, *own, *label) if name])
     return [by_letter, marked, _Reading(names, not case.answer.isdecimal())]
 
@@ -122,7 +122,7 @@ def _excludes_by_place(others: set[int], case: Case) -> bool:
         return False
     last = len(case.options) - 1
     for sentence in _SENTENCE.split(case.text):
-        if TO_DO.search(sentence) or not (case.are_labels or _OUT.search(sentence)):
+        if TO_DO.search(sentence) or not (case.labels or _OUT.search(sentence)):
             continue
         named = set()
         for end, number in _RUN.findall(sentence):

@@ -59,8 +59,8 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
         return False
     if any(letter in name for name in _CAPITALS.findall(case.stem)):
         return False
-    names_all = all(has_word(option[-1:], case.text) for option in case.options)
-    if case.are_labels and names_all and not _SETS_APART.search(case.text):
+    names_all = case.labels and all(has_word(label, case.text) for label in case.labels if label)
+    if names_all and not _SETS_APART.search(case.text):
         return False  # "go round A, then round B"
     asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
     are_options = bool(case.options) and not case.answer
@@ -86,17 +86,19 @@ def singles_out(case: Case) -> Iterator[str]:
 
     What names other labels too, asks the reader to do something or leaves it open is passed over.
     """
-    if case.place is None or not (case.are_labels or not case.answer):
+    if case.place is None or not (case.labels or not case.answer):
         return
-    labels = [(option.split() or [""])[-1] for option in case.options] or list(LETTERS[:4])
-    if case.place >= len(labels):
+    labels = list(case.labels or LETTERS[: len(case.options) or 4])
+    if case.place >= len(labels) or not labels[case.place]:
         return
     asked = {label for label in labels if label in case.stem.split()}
     gold = labels.pop(case.place)
     if gold in (*_WORDS_OF_ONE_LETTER, "a") or (gold in asked and not asked.issuperset(labels)):
         return
     for sentence in case.sentences:
-        if not has_word(gold, sentence) or any(has_word(label, sentence) for label in labels):
+        if not has_word(gold, sentence) or any(
+            label and has_word(label, sentence) for label in labels
+        ):
             continue
         if _SETS_APART.search(sentence) and not (OPEN.search(sentence) or TO_DO.search(sentence)):
             yield f"singles out the option: {gold}"
@@ -164,7 +166,7 @@ def _is_option(match: re.Match, case: Case) -> bool:
     noun = (match["noun"] or "one").casefold()
     if case.options and noun in _SAID.split():
         return True
-    return (case.are_labels or not case.answer) and noun in _PICTURED.split()
+    return (bool(case.labels) or not case.answer) and noun in _PICTURED.split()
 
 
 _IN_MIDDLE = re.compile(rf"\bin the middle of the (?:answer|option|choice)|\bmiddle {_LIST}", re.I)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from plumbing.answers import YES_OR_NO
-from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, sentences
+from plumbing.spoiler_case import END_OF_CLAUSE, SAYS_EQUAL, Case, has_word, plain_words, sentences
 
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
@@ -152,18 +152,13 @@ _FOLLOWS_COPULA = re.compile(
 _TWO_OF_STEM = re.compile(r"[,:] (?:the )?([\w' -]{1,25}?) or (?:the )?([\w' -]{1,25}?)(?:,.*)?\?")
 
 
-_EQUAL_ANSWER = re.compile(r"\b(?:equal|same|tie|neither|both|no difference)\b", re.I)
-_LABELLED = re.compile(r"[A-Za-z]+ (?:[A-Za-z]|\d)")
-
-
 def _two_names(case: Case) -> list[str]:
     """The two things between which a question lets one choose: "Which is taller, A or B?"."""
-    if case.options:
-        options = [option for option in case.options if not _EQUAL_ANSWER.search(option)]
-        if case.are_labels or all(_LABELLED.fullmatch(option) for option in options):
-            options = [option.split()[-1] for option in options]
-        names = [option if len(option) == 1 else plain_words(option) for option in options]
-        names = [name.strip() for name in names]
+    if case.labels:
+        names = [label for label in case.labels if label]
+    elif case.options:
+        options = [option for option in case.options if not SAYS_EQUAL.search(option)]
+        names = [plain_words(option).strip() for option in options]
     else:
         match = _TWO_OF_STEM.search(case.stem)
         names = [plain_words(name).strip() for name in match.groups()] if match else []
@@ -205,7 +200,7 @@ def says_equal(case: Case) -> Iterator[str]:
         if case.place is not None and case.place < len(case.options)
         else ""
     )
-    if not _EQUAL_ANSWER.search(answer) or len(case.options) < 2:
+    if not SAYS_EQUAL.search(answer) or len(case.options) < 2:
         return
     for clause in END_OF_CLAUSE.split(case.text):
         if not UNDECIDED.search(clause) and _EQUAL_SAID.search(clause):
