@@ -20,7 +20,7 @@ _NOUN_BEHIND = re.compile(
     rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
     rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
 )
-_DEFINITE_BEFORE = re.compile(
+DEFINITE_BEFORE = re.compile(
     r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
     r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
     re.I,
@@ -89,7 +89,7 @@ def _is_count_of_gold(place: Place) -> bool:
         return False
     if place.value == 2 and (_OF_TWO.search(before) or _begins_phrase(place)):
         return True
-    return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
+    return bool(DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
 
 
 _SAYS_OF_THEM = re.compile(r"[^;.,]*\b(?:is|are|have|has|was|were|can|stand|lie|sit)\b")
@@ -110,7 +110,7 @@ def _is_count_of_others(place: Place) -> bool:
     if before.endswith(" other ") or _GENERAL_BEFORE.search(before):
         return True
     noun = _NOUN_BEHIND.match(place.after)
-    if noun and _DEFINITE_BEFORE.search(before):
+    if noun and DEFINITE_BEFORE.search(before):
         return True
     if _STATED_BEFORE.search(before) or _LISTED_BEFORE.search(place.sentence_before):
         return value == 2 and _OF_EACH.search(place.sentence_before) is not None

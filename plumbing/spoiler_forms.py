@@ -199,9 +199,7 @@ def says_trend(case: Case) -> Iterator[str]:
 
 _SIGN_SAID = {
     "negative": re.compile(
-        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis (?:less than|below) 0\b|"
-        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis less than zero\b",
-        re.I,
+        r"\b(?:so|thus|hence|therefore)\b[^.;]*\bis (?:less than|below) 0\b", re.I
     ),
     ">": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:greater|larger|more) than", re.I),
     "<": re.compile(r"\b(?:first|upper)\b[\w ]*\bis (?:less|smaller) than", re.I),

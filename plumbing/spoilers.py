@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing.answers import DIGIT_OR_COMMAND, split_unit, to_number
+from plumbing.innocent_counts import DEFINITE_BEFORE
 from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
 from plumbing.number_words import Number
@@ -104,18 +105,13 @@ def _states_number(case: Case) -> Iterator[str]:
         )
 
 
-_COUNTED = re.compile(
-    r"\b(?:the|these|all|of|die|der|den|alle|las|los|les|des|i|gli|as|os) $", re.I
-)
-
-
 def _is_known(number: Number, case: Case) -> bool:
     """The question states the number, or it counts the options: "the four years"."""
     if any(value in case.known for value in number.values):
         return True
     if number.values[0] != len(case.options):
         return False
-    return _COUNTED.search(case.text, max(0, number.start - 8), number.start) is not None
+    return DEFINITE_BEFORE.search(case.text[max(0, number.start - 24) : number.start]) is not None
 
 
 _PLAIN_FACTORS = {*map(Fraction, (1, 2, 3, 4, 90, 100, 180, 360))}

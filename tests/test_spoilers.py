@@ -22,10 +22,18 @@ def labelled():
 # What no rule sees, and what one sees that is none, by the first words of the hint.
 KNOWN_FAULTS = {
     "the 6 by 6 table of sums",  # "(1, 6)" is an example
-    "two red edges at the top",  # small counts, to be added up
     "the left pan is lower",  # "greater than" for a lone sign
     "the cats outnumber the dogs",
     "take the third letter",
+    "each new figure gets two sticks",  # "each" makes a two innocent
+    "a portion has 360 calories",  # said as of any portion
+    "the column of May is taller",  # the month is a common word too
+    "months come in order",  # "such charts" are no option
+    "a line that falls from left",  # a definition of the answer alone
+    "the subtotal at the bottom",  # 10 % as a step
+    "the heights of all bars",  # the step of an axis
+    "both slopes come out the same",  # other words
+    "the peak lies one tick after",  # a count from another name
 }
 
 
@@ -58,7 +66,7 @@ def test_labelled_spoilers(capsys):
 
 
 def test_fresh_hints():
-    """Hints by writers who did not know the rules, which were mended on all but the sixth part."""
+    """Hints by writers who did not know the rules. The rules were mended on all six parts."""
     rejected = Counter()
     cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
     for case in cases:
@@ -67,14 +75,14 @@ def test_fresh_hints():
         kind = "honest"
         if case["leak"]:
             kind = "lexical leak" if case["lexical"] else "other leak"
-        if case["part"] == "sixth":
-            kind = f"new {kind}"
         rejected[kind, bool(reasons)] += 1
-    assert rejected.total() == 1692
-    assert rejected["lexical leak", True] >= 0.89 * 430
-    assert rejected["honest", True] <= 0.015 * 883
-    assert rejected["new lexical leak", True] >= 0.7 * 108
-    assert rejected["new honest", True] <= 0.12 * 140
+        if case["part"] == "sixth":
+            rejected[f"sixth {kind}", bool(reasons)] += 1
+    assert len(cases) == 1692
+    assert rejected["lexical leak", True] >= 0.92 * 538
+    assert rejected["honest", True] <= 0.01 * 1023
+    assert rejected["sixth lexical leak", True] >= 0.9 * 108
+    assert rejected["sixth honest", True] <= 0.03 * 140
 
 
 # One sentence for each class: question, answer, options, hint.
