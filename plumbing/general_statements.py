@@ -59,6 +59,10 @@ _WARNED_OF = re.compile(
     r"|\bconfuse\b[^.;]*)$",
     re.I,
 )
+# An example, and what may be so, are nothing of this picture
+_EXAMPLE = re.compile(
+    r"\b(?:such as|for example|for instance|e\.g\.|may|might)\b(?! (?:see|find|read|notice))", re.I
+)
 # What turns a sentence to the picture: "here", "shows", "you get", "so x is"
 _SPECIFIC = re.compile(
     r"""
@@ -83,7 +87,7 @@ _OF_ANY = (_INDEFINITE, _RECALLED, _PLURAL)
 
 def is_general(before: str, sentence: str) -> bool:
     """The sentence is general. before: what stands in it before the number in question."""
-    if _WARNED_OF.search(before) or _CLASSES.search(sentence):
+    if _WARNED_OF.search(before) or _EXAMPLE.search(before) or _CLASSES.search(sentence):
         return True
     if _SPECIFIC.search(before):
         return False

@@ -31,7 +31,7 @@ _PARTITIVE = re.compile(
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
     r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{1,30}"
-    r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
+    r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only| at most| at least)? $",
     re.I,
 )
 # A verb that states the count, with what may stand between: "shows", "you find exactly"
@@ -64,6 +64,7 @@ _COUNTED_ALOUD = re.compile(
 )
 _MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
 _TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
+_BOUND = re.compile(r" at (?:most|least) $")  # "a cubic has at most three roots"
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
 _OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
@@ -84,6 +85,8 @@ def _is_count_of_gold(place: Place) -> bool:
     noun = _NOUN_BEHIND.match(place.after)
     before = place.clause_before
     if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
+        return True
+    if _BOUND.search(before) and _GENERAL_BEFORE.search(before):
         return True
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False
