@@ -14,6 +14,7 @@ _PARTS = """
     slice segment cell tile block gridline card bag gap of part half side leg angle arc piece point
     term layer person people picture circle dot group bundle pile pack child pupil student ticket
     figure hour week day month year time second more further other little bit quick look
+    serving portion packet
 """
 _PARTS = "|".join(f"{name}s?" for name in _PARTS.split())
 

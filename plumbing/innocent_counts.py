@@ -74,7 +74,7 @@ def is_small_count(place: Place) -> bool:
     if place.value == 2 and _MARKS_BEHIND.match(place.after):
         return True
     if place.value == 2 and _TWO_TIMES.match(place.after) and _THE_BEFORE.search(place.before):
-        return not place.is_gold
+        return not place.is_gold or place.after.startswith(" times")
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)

@@ -66,7 +66,8 @@ _IS_LABEL = re.compile(r"[A-Za-z]|[A-Za-z]+ (?:[A-Za-z]|\d)")
 OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
 # What tells the reader to do something with things: "fold shapes 1, 2 and 4", "look where"
 TO_DO = re.compile(
-    r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use)\b"
+    r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use"
+    r"|follow|find|trace|note|weigh|put|judge|mark|match|add|multiply|subtract|take|name)\b"
     r"|\b(?:if|whether|then|recall|remember)\b",
     re.I,
 )

@@ -68,6 +68,7 @@ _SIGN_NAMES = {"<": "<", ">": ">", "<=": "le", "\\le": "le", "\\leq": "le"}
 _SIGN_NAMES |= {">=": "ge", "\\ge": "ge", "\\geq": "ge"}
 
 
+_BELOW = "less|smaller|lower|below|down"
 _MINUS = re.compile(r"\bminus (one\b|\d+)")
 
 
@@ -78,8 +79,8 @@ def says_relation(case: Case) -> Iterator[str]:
         return
     words = _RELATION_WORDS[_SIGN_NAMES[relation[1]]]
     bound = re.escape(relation[2])
-    sign = _RELATION_WORDS[_SIGN_NAMES[relation[1]]].split("|")[0].split(")")[0].removeprefix("(?:")
-    after = rf"|{bound} or (?:anything )?(?:{sign}|larger|more|up)\b" if ">" in relation[1] else ""
+    beyond = "more|larger|greater|above|up" if ">" in relation[1] or "g" in relation[1] else _BELOW
+    after = rf"|\b{bound} (?:or|and) (?:anything |everything |all )?(?:{beyond})\b"
     text = _MINUS.sub(lambda match: "-1" if match[1] == "one" else f"-{match[1]}", case.text)
     said = re.compile(rf"\b(?:{words}) {bound}(?!\d){after}")
     if said.search(text) and not said.search(case.stem):

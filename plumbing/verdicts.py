@@ -105,7 +105,10 @@ def _said(word: str) -> re.Pattern:
     )
 
 
-_CONCLUDES = re.compile(r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b")
+_CONCLUDES = re.compile(
+    r"^ *(?:so|thus|hence|therefore|which means|that means|and so"
+    r"|(?:which|this|that) (?:shows|proves))\b"
+)
 _COPULA = (
     r"\b(?:is|are|was|were|has|have|(?:turn|come)s? out|proves?|remains?|stays?|seems?|appears?)"
     r"(?: to be)?\b"
