@@ -43,7 +43,7 @@ _JUDGED = re.compile(
     re.VERBOSE | re.I,
 )
 UNDECIDED = re.compile(
-    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|makes? the"
+    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|(?<!this )(?<!which )makes? the"
     r"|must|compare|see|judge|ask)\b",
     re.I,
 )
@@ -107,7 +107,7 @@ def _said(word: str) -> re.Pattern:
 
 _CONCLUDES = re.compile(
     r"^ *(?:so|thus|hence|therefore|which means|that means|and so"
-    r"|(?:which|this|that) (?:shows|proves))\b"
+    r"|(?:which|this|that) (?:makes|shows|proves))\b"
 )
 _COPULA = (
     r"\b(?:is|are|was|were|has|have|(?:turn|come)s? out|proves?|remains?|stays?|seems?|appears?)"
