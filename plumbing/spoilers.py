@@ -71,7 +71,6 @@ _IS_OF_KIND = re.compile(
     r"(?=.*\b(?:others|all|asked|same|remains|tick|mark|tally)\b))",
     re.I,
 )
-_ANY_DIGIT = re.compile(r"\d")
 _DEPENDS = re.compile(r"\b(?:if|whether|unless|otherwise|when|depending)\b", re.I)
 
 
@@ -80,7 +79,7 @@ def _names_answer(case: Case) -> Iterator[str]:
     if not any(word in case.words for word in _ANSWER_WORDS):
         return
     for sentence in case.sentences:
-        if _IS_OF_KIND.search(sentence) and not _ANY_DIGIT.search(sentence):
+        if _IS_OF_KIND.search(sentence):
             continue
         if _ANSWER_IS.search(sentence) and not _DEPENDS.search(sentence):
             yield "names the answer"

@@ -43,7 +43,8 @@ _JUDGED = re.compile(
     re.VERBOSE | re.I,
 )
 UNDECIDED = re.compile(
-    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|(?<!this )(?<!which )makes? the"
+    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless"
+    r"|(?<!this )(?<!which )makes? the"
     r"|must|compare|see|judge|ask)\b",
     re.I,
 )
