@@ -323,7 +323,8 @@ def _without_candidates(text: str, options: list[str], gold: int | None) -> str:
         text = _without_described(text, options)
     letters = LETTERS[: len(options) or 4] if gold is not None else ""
     for names in (_option_names(options), {name: place for place, name in enumerate(letters)}):
-        if sum(name in text.casefold() or name in text for name in names) > 1:
+        lower = text.casefold()
+        if sum(name in lower or name in text for name in names) > 1:
             text = _blank_lists(text, names)
     return text
 

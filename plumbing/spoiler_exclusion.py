@@ -91,7 +91,12 @@ def _readings(case: Case) -> list[_Reading]:
 
 def _may_name(names: list[list[str]], others: set[int], text: str) -> bool:
     """The text may name all the others; this is cheap."""
-    return all(any(name[:5] in text for name in names[place]) for place in others)
+    for place in others:
+        if not any(
+            has_word(name, text) if len(name) == 1 else name[:5] in text for name in names[place]
+        ):
+            return False
+    return True
 
 
 def _named(names: list[list[str]], sentence: str, words: str) -> set[int]:
