@@ -32,7 +32,8 @@ _INDEFINITE = re.compile(
 # "remember that", "by convention", "if it has one", as a rule said of all cases
 _RECALLED = re.compile(
     r"""
-    \b(?: in[ ](?:most|many)[ ] | for[ ](?:orientation|comparison|reference)
+    \b(?:rule|theorem|principle|law|fact)[ ](?:that|says)\b
+    | \b(?: in[ ](?:most|many)[ ] | for[ ](?:orientation|comparison|reference)
       | remember | recall | in[ ]mind | definition | defined | convention\w* | in[ ]general
       | generally | usual(?:ly)? | typical(?:ly)? | normal(?:ly)? | standard | common(?:ly)?
       | for[ ](?:example|instance) | e\.g\. | such[ ]as | would | suppose | imagine | regarded

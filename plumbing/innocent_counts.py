@@ -12,7 +12,7 @@ from plumbing.number_places import Place
 
 _NO_NOUN = """
     of on in at is are was were has have and or from to as by for so then than times plus minus more
-    less fewer apart away up down left right over under per with because
+    less fewer apart away up down left right(?!.angle) over under per with because
     since which that this it its not too each together
 """
 _PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|ima|[^\W\d_]i|people|dice|mice|geese|feet)"
@@ -26,7 +26,8 @@ DEFINITE_BEFORE = re.compile(
     re.I,
 )
 _PARTITIVE = re.compile(
-    r" (?:of (?:the|these|those|them)\b(?!.{0,25}\b(?:are|is|have|lie)\b)|or more\b)"
+    r" (?:of (?:the|these|those|them|its|their)\b"
+    r"(?!.{0,25}\b(?:are|is|have|lie)\b(?! (?:labelled|labeled|given|printed|known|needed)))|or more\b)"
 )
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
@@ -39,7 +40,8 @@ _STATED = r"""
     (?: \b(?: there[ ](?:is|are|were) | total(?:[ ]of)? | making | leaving | namely
         | are | have | had | was | were | find | see | get | count | spot | obtain | remain | reach
         | hold | stand | sit | cover | show | hay | gibt[ ]es | son | sind
-        | (?!its\b|this\b|plus\b|minus\b|times\b|as\b|versus\b|across\b|towards\b|besides\b)
+        | (?!its\b|this\b|plus\b|minus\b|times\b|as\b|versus\b|across\b|towards\b|besides\b
+          |divides\b|separates\b|splits\b|connects\b|joins\b|links\b|forms\b|cuts\b|rests\b)
           [a-z]{2,}s
       ) | [=:≈] )
     (?:[ ](?:about|only|just|exactly|roughly|nearly))?[ ]
@@ -113,10 +115,13 @@ def _is_count_of_others(place: Place) -> bool:
     if before.endswith(" other ") or _GENERAL_BEFORE.search(before):
         return True
     noun = _NOUN_BEHIND.match(place.after)
+    if _DATE_BEHIND.match(place.after) or _is_addend(place):
+        return False
     if noun and DEFINITE_BEFORE.search(before):
         return True
     if _STATED_BEFORE.search(before) or _LISTED_BEFORE.search(place.sentence_before):
-        return value == 2 and _OF_EACH.search(place.sentence_before) is not None
+        is_open = not place.asks_number or _OF_EACH.search(place.sentence_before)
+        return value == 2 and bool(is_open)
     if value > 2 and not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
         return False
     if value <= 3 and (_PARTITIVE.match(place.after) or _THE_BEFORE.search(before)):
@@ -124,6 +129,31 @@ def _is_count_of_others(place: Place) -> bool:
     if _QUANTIFIED.search(before):
         return True
     return noun is not None and value <= 6 and not _LENGTH_BEHIND.match(place.after)
+
+
+_THE_NEXT_TO_IT = re.compile(r"\b(?:the|these|those|both|all)(?: first| last| next)? $", re.I)
+_DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)\b")
+# "two cups that touch count as one", "two triangles can share a side"
+_IN_GENERAL = re.compile(
+    r" [\w-]+(?: [\w-]+)? (?:that|which|who|if|count|can|may|make|exist|share|as)\b"
+)
+_MORE_OF_THEM = re.compile(r" more (?:[a-z]+s|are|lie|stand|sit|hang)\b")
+
+
+def _is_addend(place: Place) -> bool:
+    """ "left of the clock three cups stand", where the cups are to be counted."""
+    before = place.clause_before
+    if _THE_NEXT_TO_IT.search(before) or _OF_TWO.search(before) or _OF_EACH.search(before):
+        return False
+    if _QUANTIFIED.search(before) and not before.endswith("where "):
+        return False
+    if _MORE_OF_THEM.match(place.after):
+        return re.search(r"\bhow many\b", place.question, re.I) is not None
+    noun = _NOUN_BEHIND.match(place.after)
+    if noun is None or _IN_GENERAL.match(place.after):
+        return False
+    stem = re.escape((noun[1] or noun[2])[:-1])
+    return re.search(rf"\bhow many (?:[\w-]+ ){{0,2}}?{stem}", place.question, re.I) is not None
 
 
 def _asks_for(noun: str, question: str) -> bool:

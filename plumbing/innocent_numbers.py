@@ -37,14 +37,19 @@ _NAME_BEFORE = re.compile(
 )
 _NOUN_BEFORE = re.compile(r"\b([A-Za-z]{4,}) (?:\d+(?:, (?:and )?| and | or | to |-))*$")
 _ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
+# "the second Tuesday is the 10th"; not "the 2nd row"
+_DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)(?: *$|[.,;:])")
+_ASKS_DATE = re.compile(r"\bdate\b|\bday of the month\b", re.I)
 _LETTER_BEFORE = re.compile(r"[A-Za-z](?:_\{?)?$")
-_EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}]\^\{?$")
+_EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}] ?\^\{?$")
 _LIST_MARK_BEFORE = re.compile(r"(?:^|[;.:] )\(?$")
 _LIST_MARK_BEHIND = re.compile(r"[.)] ")
 
 
 def _is_name(place: Place) -> bool:
     """ "net 2", "lines 1, 3 and 6", "R1", "2nd", "3D", "1. Read the bar"."""
+    if _DATE_BEHIND.match(place.after) and _ASKS_DATE.search(place.question):
+        return False
     if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-3:]):
         return True
     if _LIST_MARK_BEHIND.match(place.after) and _LIST_MARK_BEFORE.search(place.before):
@@ -75,7 +80,7 @@ _FORMULA_BEFORE = re.compile(
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
     r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
-    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
+    r"|(?!nd|rd|st|th)[a-zA-Z](?<![mgslL])(?![a-z]{2})|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
 )
 _OVER_LETTER = re.compile(r" ?/ ?[A-Za-z|(\\]")
 _FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}
@@ -99,7 +104,7 @@ _OF_MEASURE = re.compile(
 def _is_in_formula(place: Place) -> bool:
     """ "2 * pi * r", "(n - 2) * 180", "divide by 2", "half of the base times the height"."""
     value = place.value
-    if _EXPONENT_BEFORE.search(place.before[-3:]):
+    if _EXPONENT_BEFORE.search(place.before[-4:]):
         return True
     if value == 1 and _OVER_LETTER.match(place.after):
         return True

@@ -79,12 +79,13 @@ _END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
 class Place:
     """A number of a hint with what stands around it. Most questions need only a little of it."""
 
-    def __init__(self, number: Number, text: str, question: str, is_gold: bool):
+    def __init__(self, number: Number, text: str, question: str, is_gold: bool, asks_number: bool):
         self.number = number
         self.value = number.values[-1]
         self.before = text[max(0, number.start - 160) : number.start]
         self.after = text[number.end : number.end + 80]
         self.is_gold = is_gold  # it is a form of the gold answer
+        self.asks_number = asks_number  # the gold answer has a number
         self.question = question
         self.unit = unit_of(number, text)
 

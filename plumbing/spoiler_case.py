@@ -138,6 +138,7 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
     """All that the rules read. The arguments are those of `spoilers.find_spoilers`."""
     stem, options = (question, choices) if choices else _inline_choices(question)
     place, answer = _place_and_text(unboxed(answer), options)
+    text = _without_list_marks(text)
     full, stem, options = normal(text), normal(stem), [normal(option) for option in options]
     parts = _parts(answer)
     plain_answer = normal(answer)
@@ -158,6 +159,33 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
 def is_new(pattern: str, case: Case) -> bool:
     """The pattern occurs in the hint, but not in the question."""
     return re.search(pattern, case.text) is not None and re.search(pattern, case.stem) is None
+
+
+# --------------------------------------------------------------------------------- list marks
+
+# "2. Read the bar", "(2)", "②"; "b) run", but not "(b) fits"
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
+_LIST_MARK = re.compile(
+    rf"(?:^|(?<=[;.:!?\n)$])) *(?:\(?(\d\d?|[a-h](?!\) [a-z]+s\b))[.):](?= )|([{_CIRCLED}]))"
+)
+
+
+def _without_list_marks(text: str) -> str:
+    """The text without the numbers or letters of its steps, where they count up from 1 or a."""
+    marks = []
+    for match in _LIST_MARK.finditer(text):
+        mark = match[1] or str(_CIRCLED.index(match[2]) + 1)
+        value = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
+        marks.append((match, value))
+    counted = []
+    for match, value in marks:
+        if value == 1 or (counted and value == counted[-1][1] + 1):
+            counted.append((match, value))
+    if not any(value == 2 for _, value in counted):
+        return text
+    for match, _ in reversed(counted):
+        text = f"{text[: match.start()]} {text[match.end() :]}"
+    return text
 
 
 # ------------------------------------------------------------------------------------ options
@@ -228,7 +256,7 @@ def _gold_numbers(parts: list[str]) -> list[Gold]:
     return golds
 
 
-_NOUNS = re.compile(r"[A-Za-z\s'-]*")
+_NOUNS = re.compile(r"[A-ZΩµμa-z\s'-]*")
 _VARIABLE = re.compile(r"\b[a-z]\b", re.I)
 
 

@@ -72,6 +72,11 @@ _BELOW = "less|smaller|lower|below|down"
 _MINUS = re.compile(r"\bminus (one\b|\d+)")
 
 
+def _with_minus(text: str) -> str:
+    """The text with signs: "minus 3" -> "-3"."""
+    return _MINUS.sub(lambda match: "-1" if match[1] == "one" else f"-{match[1]}", text)
+
+
 def says_relation(case: Case) -> Iterator[str]:
     """An inequality in words: "at least -3" for x >= -3."""
     relation = _RELATION.fullmatch(case.answer)
@@ -81,7 +86,7 @@ def says_relation(case: Case) -> Iterator[str]:
     bound = re.escape(relation[2])
     beyond = "more|larger|greater|above|up" if ">" in relation[1] or "g" in relation[1] else _BELOW
     after = rf"|\b{bound} (?:or|and) (?:anything |everything |all )?(?:{beyond})\b"
-    text = _MINUS.sub(lambda match: "-1" if match[1] == "one" else f"-{match[1]}", case.text)
+    text = _with_minus(case.text)
     said = re.compile(rf"\b(?:{words}) {bound}(?!\d){after}")
     if said.search(text) and not said.search(case.stem):
         yield f"says the answer's expression: {case.answer}"
@@ -89,7 +94,19 @@ def says_relation(case: Case) -> Iterator[str]:
 
 _LINE = re.compile(r"(?:y ?= ?)?(-?[\d./]*) ?\*? ?x(?: ?([-+] ?[\d./]+))?")
 _SLOPE_OR_INTERCEPT = re.compile(
-    r"\b(slope|gradient|intercept)\b(?: (?:is|of|equals|at|equal to))? ?[=:]? ?(-?\d[\d./]*)", re.I
+    r"\b(slope|gradient|intercept)\b(?: lies| is)?(?: (?:is|of|equals|at|equal to))? ?[=:]? ?"
+    r"(-?\d[\d./]*)",
+    re.I,
+)
+# "climbs 2 units for each unit to the right", "y is double the x-value"
+_CLIMBS = re.compile(
+    r"\b(?:(?:climbs?|rises?|up|grows?|increases?)|(falls?|drops?|down|sinks?|decreases?))(?: by)? "
+    r"(\d+)(?: [a-z]+)? (?:for|per|with|at)\b",
+    re.I,
+)
+_TIMES_X = re.compile(r"\b(?:(\d+) times|(double)|twice|(triple)) (?:the |that of |of )?x\b", re.I)
+_CROSSES = re.compile(
+    r"\b(?:vertical axis|y-axis|axis of y)(?: at)? (\d+) (?:[a-z]+ )?(above|below|under|over)\b", re.I
 )
 
 
@@ -100,7 +117,14 @@ def says_line(case: Case) -> Iterator[str]:
         return
     slope = line[1] + "1" if line[1] in ("", "-") else line[1]
     intercept = (line[2] or "0").replace(" ", "").lstrip("+")
-    stated = set(_SLOPE_OR_INTERCEPT.findall(case.text))
+    text = _with_minus(case.text)
+    stated = set(_SLOPE_OR_INTERCEPT.findall(text))
+    for falls, steps in _CLIMBS.findall(text):
+        stated.add(("slope", f"-{steps}" if falls else steps))
+    for factor, _, triple in _TIMES_X.findall(text):
+        stated.add(("slope", factor or ("3" if triple else "2")))
+    for steps, side in _CROSSES.findall(text):
+        stated.add(("intercept", steps if side.casefold() in ("above", "over") else f"-{steps}"))
     for name, value in stated - set(_SLOPE_OR_INTERCEPT.findall(case.stem)):
         gold = intercept if name.casefold() == "intercept" else slope
         if to_number(value.rstrip(".")) == to_number(gold):
@@ -110,10 +134,22 @@ def says_line(case: Case) -> Iterator[str]:
 _ABBREVIATED = {"S": "side", "A": "angle", "H": "hypotenuse", "L": "leg"}
 _FORMULAS = {"oxygen": "O2", "hydrogen": "H2", "nitrogen": "N2", "chlorine": "Cl2"}
 _FORMULAS |= {"carbon dioxide": "CO2", "water": "H2O", "ammonia": "NH3", "methane": "CH4"}
+_FORMULAS |= {"northeast": "NE", "northwest": "NW", "southeast": "SE", "southwest": "SW"}
+# Shades that have names of their own, and whose colour is the answer
+_SHADES = """
+    red crimson scarlet ruby vermilion cherry burgundy; blue navy azure cobalt indigo sapphire;
+    green emerald olive jade; yellow lemon canary golden; purple violet lilac lavender mauve;
+    violet purple lilac lavender mauve; brown chestnut hazel chocolate; pink magenta fuchsia rose;
+    orange tangerine apricot; black ebony jet; white ivory snow; gray ashen slate; grey ashen slate
+"""
+_SHADES = {row.split()[0]: row.split()[1:] for row in _SHADES.split(";")}
 
 
 def says_otherwise(case: Case) -> Iterator[str]:
-    """ "angle-side-angle" for ASA, "O2" for oxygen."""
+    """ "angle-side-angle" for ASA, "O2" for oxygen, "a deep crimson" for red."""
+    shades = _SHADES.get(case.answer.casefold())
+    if shades and is_new(rf"(?i)\b(?:{'|'.join(shades)})\b", case):
+        yield f"says the answer otherwise: {case.answer}"
     spelled = [_ABBREVIATED.get(letter, "") for letter in case.answer]
     if len(spelled) > 1 and all(spelled) and is_new(rf"(?i)\b{'[- ]'.join(spelled)}\b", case):
         yield f"says the answer otherwise: {case.answer}"

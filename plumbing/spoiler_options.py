@@ -15,7 +15,11 @@ _POINTS = """
 _POINTS = set(_POINTS.split())
 _LABELS = {"label", "labelled", "labeled", "shop", "team", "layer", "region", "bar", "set"}
 _ASKED = re.compile(r"\b(?:which|what)(?: of the(?: \w+)?)? ((?!of|is|are\b)[a-z]{3,})", re.I)
-_LONE_CAPITAL = re.compile(r"(?<![\w'=+*/^-])[B-HJ-Z](?![\w'=+*/^-])")
+# not "G + B", "B \\cup R", "\\frac{B}{T}"
+_LONE_CAPITAL = re.compile(
+    r"(?<![\w'=+*/^-])(?<![+*/^∩∪] )(?<!frac\{)(?<!\}\{)(?<!cup )(?<!cap )[B-HJ-Z]"
+    r"(?![\w'=+*/^-]| (?:[+*/^∩∪]|\\c[au]p))"
+)
 _WORD_BEFORE = re.compile(r"(\w+) $")
 _CAPITALS = re.compile(r"(?<![A-Za-z])[A-Z]{1,4}(?![A-Za-z])")
 _WORDS_OF_ONE_LETTER = "AI"
@@ -114,7 +118,7 @@ _PLACE_NAMES = [
         rf"\b{_LIST} (?:number |no\.? ?)?(?P<ordinal>\d)\b",
         rf"\b(?:listed|comes|stands|printed) {_ORDINAL}\b",
         rf"\b{_ORDINAL} (?:one |entry )?(?:in|on) the list\b",
-        rf"\b{_ORDINAL} of (?:those|the ones) listed\b",
+        rf"\b{_ORDINAL} of (?:those|the)(?: \w+)? (?:listed|offered|given)\b",
         rf"\bonly the {_ORDINAL} one\b",
         rf"\bonly (?:one|1) {_LIST}, the {_ORDINAL}\b",
     )
@@ -135,7 +139,8 @@ _VERDICT_ON = re.compile(
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
 _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
 _NEIGHBOUR = re.compile(
-    r"\b(?:after|before|above|below|between|next to)\b[^,;]*\b(?:the|list of) (?:options|choices)\b"
+    r"\b(?:after|before|above|below|between|next to)\b(?! (?:\w+ing|you|that|the (?:options|choices))\b)"
+    r"[^,;]*\b(?:in|among|of) (?:the |list of )+(?:options|choices)\b"
 )
 
 

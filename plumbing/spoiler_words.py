@@ -139,7 +139,7 @@ def _word_forms(words: str) -> str:
     Three letters or fewer must be a whole word, but for an ending: dry as dryness. Six letters or
     more may stand anywhere in a longer word. Months and days may be cut to three letters.
     """
-    if len(words) >= 5 and words[-1] == "s" and words[-2] != "s":
+    if len(words) >= 5 and words[-1] == "s" and words[-2] not in "s ":
         words = words[:-1]
     form = re.escape(words)
     if _is_cut(words):
@@ -163,6 +163,7 @@ _COMPASS = re.compile(r"(north|south)[ -]?(east|west)")
 _NO_LETTER = re.compile(r"\W")
 _GAP = r"[\s.\-_*|]"
 _GAPS = re.compile(_GAP)
+_LETTER_LABEL = re.compile(r"[a-z]+ [a-z]")
 _AND = re.compile(r"\band\b|\s")
 
 
@@ -175,11 +176,11 @@ def _spells_text(words: str, text: str) -> bool:
     """
     compass = _COMPASS.fullmatch(words)
     if compass and re.search(
-        rf"\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b", text
+        rf"\b{compass[1]}[ -]?{compass[2]}(?:er|ward)|\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b", text
     ):
         return True
     letters = _NO_LETTER.sub("", words)
-    if len(letters) < 3:
+    if len(letters) < 3 or _LETTER_LABEL.fullmatch(words):  # "curves" is not "curve s"
         return False
     backwards = letters[::-1]
     if letters != backwards and has_word(backwards, text):

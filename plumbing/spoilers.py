@@ -62,7 +62,9 @@ _ANSWER_IS = re.compile(
 _ANSWER_WORDS = ("answer", "solution", "option", "choice")
 # "the answer is an amount of money", "the answer is the figure that disagrees with the others"
 _IS_OF_KIND = re.compile(
-    r"\banswer (?:is|must be|should be) (?:"
+    r"\banswer(?: is| must be| should be|:) (?:"
+    r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible|rounded"
+    r"|to be|not an?)\b|"
     r"an? (?:whole |single |simple |positive |mixed )?"
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
@@ -91,13 +93,15 @@ def _names_answer(case: Case) -> Iterator[str]:
 def _states_number(case: Case) -> Iterator[str]:
     """The hint states a number that the question does not: read off, computed, or the answer."""
     question = " ".join((case.stem, *case.options))
+    asks_number = any(character.isdigit() for character in case.answer)
     for number in case.numbers:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
         if not gold and _combines_known(number, case):
             continue
-        if is_innocent(Place(number, case.text, question, gold is not None)):
+        place = Place(number, case.text, question, gold is not None, asks_number)
+        if is_innocent(place):
             continue
         yield (
             f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"

@@ -16,6 +16,7 @@ _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
     has have had not no than as more most less least does do did will can may which who whose what
     when where how all some any every only both each other into their they there between same one
+    he she him his her hers they them their we us our you your my me i
 """
 COMMON_WORDS = set(_COMMON.split())
 # ---------------------------------------------------------------------------------- yes or no
@@ -29,13 +30,18 @@ _JUDGED = re.compile(
     {_CLAIM} [\w ]{{0,30}}?
       \b(?: (?:does|do|did) [ ] (?:not[ ])? (?:hold|fit|match|apply|agree)
         | holds | fails?
-        | (?:is|are|was|turns[ ]out|proves|must[ ]be|in) [ ]
+        | (?:is|are|was|turns[ ]out|proves|(?:must|has[ ]to|is[ ]to)[ ]be|in) [ ]
           (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
           (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
             | incorrect | supported | confirmed | refuted | negative | affirmative | valid
-            | invalid | justified | broken
+            | invalid | justified | broken | denied | rejected | affirmed | accepted | dismissed
           )
       )\b
+    | \b(?:negative|positive|affirmative) [ ] (?:reply|answer|response|verdict) [ ] (?:is|seems) [ ]
+      (?:called|needed|required|due|right|justified|correct)\b
+    | \b(?:calls?|asks?) [ ] for [ ] an? [ ] (?:negative|positive|affirmative)\b
+    | \banswered [ ] in [ ] the [ ] (?:negative|affirmative)\b
+    | \b(?:so|therefore|thus|hence) [ ] (?:deny|reject|affirm) [ ] (?:the|this) [ ] {_CLAIM}
     | \bno [ ] [a-z]+ [ ] (?: works | fits | exists | is [ ] possible | can [ ] be [ ] found )\b
     | \b(?:contradict|confirm|support|refute|disprove|prove|back|violate)s? [ ]
       (?:the|this|that) [ ] {_CLAIM}
@@ -45,7 +51,7 @@ _JUDGED = re.compile(
 UNDECIDED = re.compile(
     r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless"
     r"|(?<!this )(?<!which )makes? the"
-    r"|must|compare|see|judge|ask)\b",
+    r"|must(?! be (?:\w+ed|negative|positive)\b)|compare|(?<!you )(?<!will )(?<!can )see|judge|ask)\b",
     re.I,
 )
 
@@ -117,6 +123,8 @@ _COPULA = (
 _COMPARES = re.compile(rf"{_COPULA}.* than\b")
 _PREDICATE = re.compile(rf"{_COPULA} (?:not |really |also )?(?:an? |the )?([a-z]+)")
 _DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
+_INDEED = re.compile(r"\bindeed\b")
+_OF_WHAT = re.compile(r"\b(?:what|who|which|that) (?:is|are|does|do) indeed\b")
 _OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
 
 
@@ -125,11 +133,13 @@ def _states(clause: str, asked: list[str]) -> bool:
 
     It draws a conclusion about them, compares them, or says one of them of something.
     """
+    if _INDEED.search(clause) and not _OF_WHAT.search(clause):
+        return True
     words = set(plain_words(clause).split())
     shared = len(words.intersection(asked))
     if shared == 0:
         return False
-    if "indeed" in words or _CONCLUDES.search(clause):
+    if _CONCLUDES.search(clause):
         return True
     if shared < 2 or _OF_ANY.search(clause):
         return False
