@@ -22,7 +22,7 @@ _PARTS = "|".join(f"{name}s?" for name in _PARTS.split())
 _INDEFINITE = re.compile(
     rf"""
     (?: ^\W* | ,[ ] | \b(?:that|since|as|because|and|while|but|in|for|of|with|on|at|so|by)[ ] )
-    (?!A[ ](?:is|has|lies|stands|meets|and|to)\b)
+    (?!A[ ](?:is|has|lies|stands|meets|ends|starts|begins|reaches|stops|shows|reads|and|to|at)\b)
     (?:an?|any|no|one|1|each|every|(?<!of[ ])all(?![ ]but)|most|many|some)[ ]
     (?!(?:[\w-]+[ ])?(?:{_PARTS})\b) [\w-]{{2,}}
     | \ban?[ ]{{2,}}  # a described candidate that was taken out

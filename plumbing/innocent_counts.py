@@ -27,7 +27,8 @@ DEFINITE_BEFORE = re.compile(
 )
 _PARTITIVE = re.compile(
     r" (?:of (?:the|these|those|them|its|their)\b"
-    r"(?!.{0,25}\b(?:are|is|have|lie)\b(?! (?:labelled|labeled|given|printed|known|needed)))|or more\b)"
+    r"(?!.{0,25}\b(?:are|is|have|lie)\b(?! (?:labelled|labeled|given|printed|known|needed)))"
+    r"|or more\b)"
 )
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(

@@ -80,7 +80,8 @@ _FORMULA_BEFORE = re.compile(
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
     r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
-    r"|(?!nd|rd|st|th)[a-zA-Z](?<![mgslL])(?![a-z]{2})|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
+    r"|(?!nd|rd|st|th)[a-zA-Z](?<![mgslL])(?![a-z]{2})"
+    r"|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
 )
 _OVER_LETTER = re.compile(r" ?/ ?[A-Za-z|(\\]")
 _FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}

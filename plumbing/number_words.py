@@ -61,7 +61,9 @@ _OF_OR_AS = re.compile(r" (?:of|as)\b")
 
 # "four and a half"; "an hour and a half" too
 _MIXED = re.compile(
-    rf"\b({_NUMBER_WORD}|\d+|an?(?= [a-z ]+ and))((?: full| whole| good)? [a-z]+)? and (?:an?|one) ({_PARTS})\b", re.I
+    rf"\b({_NUMBER_WORD}|\d+|an?(?= [a-z]+ (?:[a-z]+ )?and))((?: full| whole| good)? [a-z]+)?"
+    rf" and (?:an?|one) ({_PARTS})\b",
+    re.I,
 )
 
 # What "half" and "quarter" are not part of: "the left half of" is a place.

@@ -20,7 +20,7 @@ _ORDINAL_WORDS = "first second third fourth fifth sixth seventh eighth ninth ten
 ORDINALS = _ORDINAL_WORDS.split()
 
 END_OF_CLAUSE = re.compile(r"[;!?,()。；，]|[.:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"([;!?。；]|\.(?=\s|$))")
+_END_OF_SENTENCE = re.compile(r"([;!?。；]|(?<!\bvs)\.(?=\s|$))")
 
 
 def sentences(text: str) -> list[str]:
@@ -95,6 +95,7 @@ class Case:
     parts: list[str]  # of the answer; a hint may hold none of them
     golds: list[Gold]  # those that are numbers
     known: set[Fraction | float]  # what the question states
+    variables: set[str]  # the capital letters that the hint has in mathematics mode
 
     @property
     def letter(self) -> str | None:
@@ -139,6 +140,7 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
     stem, options = (question, choices) if choices else _inline_choices(question)
     place, answer = _place_and_text(unboxed(answer), options)
     text = _without_list_marks(text)
+    variables = {letter for piece in _MATHS.findall(text) for letter in _CAPITAL.findall(piece)}
     full, stem, options = normal(text), normal(stem), [normal(option) for option in options]
     parts = _parts(answer)
     plain_answer = normal(answer)
@@ -153,7 +155,12 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
         parts=[plain_answer] if is_option else parts,
         golds=_gold_numbers(parts),
         known=_known(stem, options, place),
+        variables=variables,
     )
+
+
+_MATHS = re.compile(r"\$[^$;]+\$|\\\(.+?\\\)")
+_CAPITAL = re.compile(r"[A-Z]")
 
 
 def is_new(pattern: str, case: Case) -> bool:
@@ -163,10 +170,12 @@ def is_new(pattern: str, case: Case) -> bool:
 
 # --------------------------------------------------------------------------------- list marks
 
-# "2. Read the bar", "(2)", "②"; "b) run", but not "(b) fits"
+# "2. Read the bar", "(2)", "step 2:", "②"; "b) run", but not "(b) fits"
 _CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
 _LIST_MARK = re.compile(
-    rf"(?:^|(?<=[;.:!?\n)$])) *(?:\(?(\d\d?|[a-h](?!\) [a-z]+s\b))[.):](?= )|([{_CIRCLED}]))"
+    r"(?:^|(?<=[;.:!?\n])) *"
+    r"(?:(?:[Ss]tep )?[(\[]?(\d\d?|[a-h](?!\) [a-z]+s\b))[.):/\]](?=[ A-Za-z$\\])"
+    rf"|([{_CIRCLED}]))"
 )
 
 
@@ -294,6 +303,7 @@ _CORNERS = """
     heptagon 7 octagon 8 nonagon 9 decagon 10 dodecagon 12 cube 6
 """
 _CORNERS_OF = dict(zip(_CORNERS.split()[::2], _CORNERS.split()[1::2], strict=True))
+_THOUSANDS = {"thousands": 1000, "millions": 10**6}
 _WHOLE = re.compile(r"\d+")
 
 
@@ -309,6 +319,7 @@ def _stated(text: str) -> set[Fraction | float]:
     values = values.union(*(whole_numbers(number.text) for number in found))
     lower = text.casefold()
     values |= {Fraction(place) for place, word in enumerate(ORDINALS, 1) if word in lower}
+    values |= {Fraction(value) for word, value in _THOUSANDS.items() if word in lower}
     return values | {Fraction(count) for word, count in _CORNERS_OF.items() if word in lower}
 
 

@@ -106,7 +106,8 @@ _CLIMBS = re.compile(
 )
 _TIMES_X = re.compile(r"\b(?:(\d+) times|(double)|twice|(triple)) (?:the |that of |of )?x\b", re.I)
 _CROSSES = re.compile(
-    r"\b(?:vertical axis|y-axis|axis of y)(?: at)? (\d+) (?:[a-z]+ )?(above|below|under|over)\b", re.I
+    r"\b(?:vertical axis|y-axis|axis of y)(?: at)? (\d+) (?:[a-z]+ )?(above|below|under|over)\b",
+    re.I,
 )
 
 

@@ -68,6 +68,8 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
         return False  # "go round A, then round B"
     asked = {noun.casefold().rstrip("s") for noun in _ASKED.findall(case.stem)}
     are_options = bool(case.options) and not case.answer
+    if letter in case.variables and case.answer and not case.labels:
+        return False  # "let $C$ be the top vertex"
     labels = (_POINTS if are_options else _POINTS | _LABELS | {"at", "and"}) - asked
     for match in _LONE_CAPITAL.finditer(case.text):
         before = _WORD_BEFORE.search(case.text[max(0, match.start() - 20) : match.start()])
@@ -139,7 +141,8 @@ _VERDICT_ON = re.compile(
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
 _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
 _NEIGHBOUR = re.compile(
-    r"\b(?:after|before|above|below|between|next to)\b(?! (?:\w+ing|you|that|the (?:options|choices))\b)"
+    r"\b(?:after|before|above|below|between|next to)\b"
+    r"(?! (?:\w+ing|you|that|the (?:options|choices))\b)"
     r"[^,;]*\b(?:in|among|of) (?:the |list of )+(?:options|choices)\b"
 )
 
@@ -154,7 +157,7 @@ def names_place(case: Case) -> Iterator[str]:
             continue
         if _NEIGHBOUR.search(sentence):
             yield f"names the option's place: {case.letter}"
-        if _is_in_middle(sentence, case):
+        if _is_in_middle(sentence, case) or _is_last_but_one(sentence, case):
             yield f"names the option's place: {case.letter}"
         if len(_ANY_ORDINAL.findall(sentence)) > 1:
             continue
@@ -181,6 +184,16 @@ def _is_in_middle(sentence: str, case: Case) -> bool:
     """ "the one in the middle of the answer row"."""
     last = len(case.options) - 1
     return last % 2 == 0 and case.place == last // 2 and bool(_IN_MIDDLE.search(sentence))
+
+
+_LAST_BUT_ONE = re.compile(
+    rf"\b(?:last but one|next to last|second to last|penultimate)(?: one of the)? {_LIST}", re.I
+)
+
+
+def _is_last_but_one(sentence: str, case: Case) -> bool:
+    """ "the last but one option"."""
+    return case.place == len(case.options) - 2 and bool(_LAST_BUT_ONE.search(sentence))
 
 
 def _is_gold_place(ordinal: str, case: Case) -> bool:

@@ -176,7 +176,9 @@ def _spells_text(words: str, text: str) -> bool:
     """
     compass = _COMPASS.fullmatch(words)
     if compass and re.search(
-        rf"\b{compass[1]}[ -]?{compass[2]}(?:er|ward)|\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b", text
+        rf"\b{compass[1]}[ -]?{compass[2]}(?:er|ward)"
+        rf"|\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b",
+        text,
     ):
         return True
     letters = _NO_LETTER.sub("", words)

@@ -195,7 +195,7 @@ def _repeats_result(case: Case) -> Iterator[str]:
 
 _TERM = r"\(?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\\sqrt ?\{?\d+\}?)(?: ?%)?(?:\^\{?\d\}?)?\)?"
 _WORKED = re.compile(
-    rf"(?<![\d.,]){_TERM}(?: ?(?:[-+*/:^x]|times|plus|minus|divided by|over) ?{_TERM})+"
+    rf"(?<![\w.,])(?<!_\{{){_TERM}(?: ?(?:[-+*/:^x]|times|plus|minus|divided by|over) ?{_TERM})+"
 )
 _GOES_ON_IN_LETTERS = re.compile(r"(?<=/\d) ?(?:bh|gh|ab|ah|lw|mv)\b")  # "1/2 bh" is a formula
 _DEGREES = re.compile(r" ?(?:°|\^\{?\\circ\}?|degrees?\b)")

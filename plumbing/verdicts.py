@@ -30,11 +30,11 @@ _JUDGED = re.compile(
     {_CLAIM} [\w ]{{0,30}}?
       \b(?: (?:does|do|did) [ ] (?:not[ ])? (?:hold|fit|match|apply|agree)
         | holds | fails?
-        | (?:is|are|was|turns[ ]out|proves|(?:must|has[ ]to|is[ ]to)[ ]be|in) [ ]
+        | (?:is|are|was|turns[ ]out|proves|(?:must|can|has[ ]to|is[ ]to)[ ]be|in) [ ]
           (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
           (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
-            | incorrect | supported | confirmed | refuted | negative | affirmative | valid
-            | invalid | justified | broken | denied | rejected | affirmed | accepted | dismissed
+            | incorrect | supported | confirmed | refuted | negative | positive | affirmative
+            | valid | invalid | justified | broken | denied | rejected | affirmed | accepted | dismissed
           )
       )\b
     | \b(?:negative|positive|affirmative) [ ] (?:reply|answer|response|verdict) [ ] (?:is|seems) [ ]
@@ -51,7 +51,8 @@ _JUDGED = re.compile(
 UNDECIDED = re.compile(
     r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless"
     r"|(?<!this )(?<!which )makes? the"
-    r"|must(?! be (?:\w+ed|negative|positive)\b)|compare|(?<!you )(?<!will )(?<!can )see|judge|ask)\b",
+    r"|must(?! be (?:\w+ed|negative|positive)\b)|compare|judge|ask"
+    r"|(?<!you )(?<!will )(?<!can )see)\b",
     re.I,
 )
 
@@ -183,6 +184,12 @@ def _two_names(case: Case) -> list[str]:
 
 def decides_between_two(case: Case) -> Iterator[str]:
     """A clause compares one of two things: "the pear's pan is the lower one"."""
+    if case.labels:
+        label = "|".join(re.escape(label) for label in case.labels if label)
+        compared = re.compile(rf"(?<![\w|])(?:{label}) ?[<>] ?(?:{label})(?!\w| ?\?)")
+        for sentence in sentences(case.full):
+            if compared.search(sentence) and not UNDECIDED.search(sentence):
+                yield "compares the options"
     for name in _two_names(case):
         text = case.text if len(name) == 1 else case.text.casefold()
         for clause in END_OF_CLAUSE.split(text):

@@ -34,6 +34,22 @@ KNOWN_FAULTS = {
     "both slopes come out the same",  # other words
     "one calcium needs two",  # a sum for the reader
     "the peak lies one tick after",  # a count from another name
+    "two of its banks are overgrown",  # "are" may state a count
+    "the rose has eight points",  # a fact that is in no table
+    "the curve's height at",  # "curve s"
+    "the label s stands",
+    "find north and east on the rose",
+    "he bends down to tie",  # Tying
+    "he ties a knot",
+    "the first one falls on the 3rd",  # the question has a 3, too
+    "the first Tuesday is the 3rd",
+    "the month begins on Sunday the 1st",
+    "it is the seventeenth",
+    "A) sides first",  # letters of steps that are letters of options
+    "two of the options are too short",
+    "step of five per line",  # as "in steps of five"
+    "between 3.5 and 5.5",  # as a list of candidates
+    "A falls short of B",
 }
 
 
@@ -66,7 +82,7 @@ def test_labelled_spoilers(capsys):
 
 
 def test_fresh_hints():
-    """Hints by writers who did not know the rules. The rules were mended on all six parts."""
+    """Hints by writers who did not know the rules. The rules were mended on all seven parts."""
     rejected = Counter()
     cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
     for case in cases:
@@ -76,13 +92,14 @@ def test_fresh_hints():
         if case["leak"]:
             kind = "lexical leak" if case["lexical"] else "other leak"
         rejected[kind, bool(reasons)] += 1
-        if case["part"] == "sixth":
-            rejected[f"sixth {kind}", bool(reasons)] += 1
-    assert len(cases) == 1692
-    assert rejected["lexical leak", True] >= 0.92 * 538
-    assert rejected["honest", True] <= 0.01 * 1023
+        rejected[f"{case['part']} {kind}", bool(reasons)] += 1
+    assert len(cases) == 1944
+    assert rejected["lexical leak", True] >= 0.93 * 631
+    assert rejected["honest", True] <= 0.01 * 1167
     assert rejected["sixth lexical leak", True] >= 0.9 * 108
     assert rejected["sixth honest", True] <= 0.03 * 140
+    assert rejected["seventh lexical leak", True] >= 0.96 * 93
+    assert rejected["seventh honest", True] <= 0.01 * 144
 
 
 # One sentence for each class: question, answer, options, hint.
