@@ -132,7 +132,7 @@ def _is_count_of_others(place: Place) -> bool:
     return noun is not None and value <= 6 and not _LENGTH_BEHIND.match(place.after)
 
 
-_THE_NEXT_TO_IT = re.compile(r"\b(?:the|these|those|both|all)(?: first| last| next)? $", re.I)
+_DEFINITE_COUNT = re.compile(r"\b(?:the|these|those|both|all)(?: first| last| next)? $", re.I)
 _DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)\b")
 # "two cups that touch count as one", "two triangles can share a side"
 _IN_GENERAL = re.compile(
@@ -144,7 +144,7 @@ _MORE_OF_THEM = re.compile(r" more (?:[a-z]+s|are|lie|stand|sit|hang)\b")
 def _is_addend(place: Place) -> bool:
     """ "left of the clock three cups stand", where the cups are to be counted."""
     before = place.clause_before
-    if _THE_NEXT_TO_IT.search(before) or _OF_TWO.search(before) or _OF_EACH.search(before):
+    if _DEFINITE_COUNT.search(before) or _OF_TWO.search(before) or _OF_EACH.search(before):
         return False
     if _QUANTIFIED.search(before) and not before.endswith("where "):
         return False

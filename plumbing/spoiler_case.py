@@ -181,19 +181,17 @@ _LIST_MARK = re.compile(
 
 def _without_list_marks(text: str) -> str:
     """The text without the numbers or letters of its steps, where they count up from 1 or a."""
-    marks = []
+    spans, values = [], [0]
     for match in _LIST_MARK.finditer(text):
         mark = match[1] or str(_CIRCLED.index(match[2]) + 1)
         value = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
-        marks.append((match, value))
-    counted = []
-    for match, value in marks:
-        if value == 1 or (counted and value == counted[-1][1] + 1):
-            counted.append((match, value))
-    if not any(value == 2 for _, value in counted):
+        if value in (1, values[-1] + 1):
+            spans.append(match.span())
+            values.append(value)
+    if 2 not in values:
         return text
-    for match, _ in reversed(counted):
-        text = f"{text[: match.start()]} {text[match.end() :]}"
+    for start, end in reversed(spans):
+        text = f"{text[:start]} {text[end:]}"
     return text
 
 

@@ -63,8 +63,8 @@ _ANSWER_WORDS = ("answer", "solution", "option", "choice")
 # "the answer is an amount of money", "the answer is the figure that disagrees with the others"
 _IS_OF_KIND = re.compile(
     r"\banswer(?: is| must be| should be|:) (?:"
-    r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible|rounded"
-    r"|to be|not an?)\b|"
+    r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible"
+    r"|rounded|to be|not an?)\b|"
     r"an? (?:whole |single |simple |positive |mixed )?"
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"

@@ -34,7 +34,8 @@ _JUDGED = re.compile(
           (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
           (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
             | incorrect | supported | confirmed | refuted | negative | positive | affirmative
-            | valid | invalid | justified | broken | denied | rejected | affirmed | accepted | dismissed
+            | valid | invalid | justified | broken
+            | denied | rejected | affirmed | accepted | dismissed
           )
       )\b
     | \b(?:negative|positive|affirmative) [ ] (?:reply|answer|response|verdict) [ ] (?:is|seems) [ ]
