@@ -79,7 +79,7 @@ _FORMULA_BEFORE = re.compile(
 )
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
-    r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
+    r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\(|\|)"
     r"|(?!nd|rd|st|th)[a-zA-Z](?<![mgslL])(?![a-z]{2})"
     r"|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
 )

@@ -125,6 +125,11 @@ _COPULA = (
 _COMPARES = re.compile(rf"{_COPULA}.* than\b")
 _PREDICATE = re.compile(rf"{_COPULA} (?:not |really |also )?(?:an? |the )?([a-z]+)")
 _DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
+# "so it does not stop there"; "the other train does not stop" may be put aside
+_DOES_NOT = re.compile(
+    r"^ *(?:(?:so|thus|hence|therefore|and|but) )*(?:it|he|she|they) (?:does|do|did)(?: not|n't)"
+    r" ([a-z]+)"
+)
 _INDEED = re.compile(r"\bindeed\b")
 _OF_WHAT = re.compile(r"\b(?:what|who|which|that) (?:is|are|does|do) indeed\b")
 _OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
@@ -135,6 +140,9 @@ def _states(clause: str, asked: list[str]) -> bool:
 
     It draws a conclusion about them, compares them, or says one of them of something.
     """
+    denied = _DOES_NOT.search(clause)
+    if denied and denied[1] in asked:
+        return True
     if _INDEED.search(clause) and not _OF_WHAT.search(clause):
         return True
     words = set(plain_words(clause).split())

@@ -50,6 +50,11 @@ KNOWN_FAULTS = {
     "step of five per line",  # as "in steps of five"
     "between 3.5 and 5.5",  # as a list of candidates
     "A falls short of B",
+    "two of the jugs have the same volume",
+    "$c_i = m_i / V_i$ for",  # indices from 1 to 3
+    "$c_1 > c_2$",  # names by index
+    "only the first jug exceeds half",
+    "the claim cannot be upheld",
 }
 
 
