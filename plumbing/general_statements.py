@@ -39,7 +39,7 @@ _RECALLED = re.compile(
       | for[ ](?:example|instance) | e\.g\. | such[ ]as | would | suppose | imagine | regarded
       | counts?[ ]as | always | never | any
     )\b
-    | \b(?:if|when|whenever|unless)[ ](?:an?|any|one|1|it|they|each|every|all|some|2)[ ]
+    | \b(?:if|when|whenever|unless)[ ](?:an?|any|one|1|it|they|each|every|all|some|both|2)[ ]
     """,
     re.VERBOSE | re.I,
 )

@@ -15,7 +15,7 @@ _NO_NOUN = """
     less fewer apart away up down left right(?!.angle) over under per with because
     since which that this it its not too each together
 """
-_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|ima|[^\W\d_]i|people|dice|mice|geese|feet)"
+_PLURAL = r"(?:\w-)?[^\W\d_]+(?:s|en|ices|ii|foci|loci|ima|[^\W\d_]i|people|dice|mice|geese|feet)"
 _NOUN_BEHIND = re.compile(
     rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
     rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
@@ -87,6 +87,8 @@ def _is_count_of_gold(place: Place) -> bool:
     """The answer is a small number, and the hint counts what nobody asks for: "the two lines"."""
     noun = _NOUN_BEHIND.match(place.after)
     before = place.clause_before
+    if _is_grid(place) or _is_anaphoric(place):
+        return True
     if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
         return True
     if _BOUND.search(before) and _GENERAL_BEFORE.search(before):
@@ -94,6 +96,8 @@ def _is_count_of_gold(place: Place) -> bool:
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False
     if place.value == 2 and (_OF_TWO.search(before) or _begins_phrase(place)):
+        return True
+    if place.value == 2 and _USED_BEFORE.search(before) and not _MEASURES_BEHIND.match(place.after):
         return True
     return bool(DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
 
@@ -106,13 +110,53 @@ def _begins_phrase(place: Place) -> bool:
     return not place.clause_before.strip() and not _SAYS_OF_THEM.match(place.after)
 
 
+def _is_grid(place: Place) -> bool:
+    """ "a 3 by 3 block"."""
+    if place.value > 10:
+        return False
+    if _GRID.match(place.after):
+        return True
+    return bool(_GRID_BEFORE.search(place.before) and _TABLE_BEHIND.match(place.after))
+
+
+# "its row, its column and its block; cells that share none of these three"
+_LIST_OF_THREE = re.compile(r"[\w' -]+, [\w' -]+,? (?:and|or) [\w' -]+")
+_LIST_OF_TWO = re.compile(r"[\w' -]+ and [\w' -]+")
+_ANAPHOR = re.compile(r"\b(?:these|those|all|the|of) $")
+_NO_MORE = re.compile(r"(?= (?:with|in|and|or|is|are|have|has|must|can|that|for|to|at)\b|[.,;]|$)")
+
+
+def _is_anaphoric(place: Place) -> bool:
+    """ "none of these three", where the hint has just listed three things."""
+    if place.value not in (2, 3) or not _ANAPHOR.search(place.before):
+        return False
+    listed = _LIST_OF_TWO if place.value == 2 else _LIST_OF_THREE
+    return bool(_NO_MORE.match(place.after) and listed.search(place.before[:-6]))
+
+
+# What is to be used, not what was counted: "test with two points", "find two corners"
+_USED_BEFORE = re.compile(
+    r"\b(?:with|from|at|which|what|any|use|using|pick|choose|take|compare|select|test|try|mark"
+    r"|through|join|connect|substitute|of|in|on)(?: any| some| just| other)? $",
+    re.I,
+)
+_TO_FIND = re.compile(r"\W*(?:(?:then|next|first|now|so) )?(?:find|spot|locate|get) ", re.I)
+_ASKS_COUNT = re.compile(
+    r"\b(?:how many|how much|number|total|altogether|sum|probabil\w+|fraction|ratio|percent\w*|share"
+    r"|chance|difference|more|fewer|average|mean|perimeter|area|volume|slope|value|count)\b",
+    re.I,
+)
+_MEASURES_BEHIND = re.compile(
+    r" (?:[a-z]+ )?(?:squares|units|boxes|blocks|ticks|marks|steps|rows|columns|lines|places|spaces"
+    r"|gridlines|cells|divisions|times|years|months|days|hours)\b"
+)
+
+
 def _is_count_of_others(place: Place) -> bool:
     """A count that is no answer."""
     value, before = place.value, place.clause_before
-    if _GRID.match(place.after):
-        return value <= 10
-    if _GRID_BEFORE.search(before) and _TABLE_BEHIND.match(place.after):
-        return value <= 10
+    if _is_grid(place):
+        return True
     if before.endswith(" other ") or _GENERAL_BEFORE.search(before):
         return True
     noun = _NOUN_BEHIND.match(place.after)
@@ -120,8 +164,11 @@ def _is_count_of_others(place: Place) -> bool:
         return False
     if noun and DEFINITE_BEFORE.search(before):
         return True
+    if value <= 3 and noun and _TO_FIND.fullmatch(before):
+        return True
     if _STATED_BEFORE.search(before) or _LISTED_BEFORE.search(place.sentence_before):
         is_open = not place.asks_number or _OF_EACH.search(place.sentence_before)
+        is_open = is_open or (noun and not _ASKS_COUNT.search(place.question))
         return value == 2 and bool(is_open)
     if value > 2 and not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
         return False

@@ -75,7 +75,7 @@ _CONSTANTS = {*map(Fraction, (2, 3, 4, 90, 100, 180, 360))}
 _CONSTANTS |= {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(4, 3)}
 _FORMULA_BEFORE = re.compile(
     r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over "
-    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\sqrt ?\{?\d\}?: ?|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
+    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\frac ?\{[^{}\\]*[A-Za-z][^{}\\]*\}\{|\\sqrt ?\{?\d\}?: ?|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
 )
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
@@ -139,6 +139,11 @@ _SENTENCE_FACTS = [
     ("60", r"equilateral|minute|second|hour"),
     ("30 45 60", r"\b30\b.{1,10}\b60\b.{1,10}\b90\b|\b45\b.{1,10}\b45\b.{1,10}\b90\b|special"),
     ("6 30 0.5 1/2", r"\bhand\b.*(?:each|per|a|an|every|1) (?:minute|hour)\b"),
+    (
+        "3 6 9 12",
+        r"(?=.*\b(?:minute|long) hand\b).*\b(?:half past|quarter (?:past|to)|full hour)\b",
+    ),
+    ("15 30 45", r"\b(?:half|quarter|1/2|1/4|3/4)\b.*\b(?:turn|hour|dial)"),
     ("9 18 19", r"\bcarry\b|\bcarries\b"),
     ("1", r"\bslopes?\b.*perpendicular|perpendicular.*\bslopes?\b"),
     ("13", r"\bcolon(?:y|ies)\b"),
@@ -269,6 +274,11 @@ _WORTH_BEFORE = re.compile(
     re.I,
 )
 _POINTS_TO_TRY = re.compile(r"\b[a-z] ?= ?-?\d+ (?:or|and) (?:at )?[a-z] ?= ?-?$")
+_MONTHS = (
+    r"(?:january|february|march|april|may|june|july|august|september|october|november|december)"
+)
+_OF_MONTH = re.compile(rf"(?:st|th)?(?: of)? {_MONTHS}\b", re.I)
+_MONTH_BEFORE = re.compile(rf"\b{_MONTHS} $", re.I)
 _LATER_IGNORED = re.compile(r"[^.;]{0,30}[;,] (?:no \w+|nothing)(?: here)? (?:needs|uses)\b")
 
 
@@ -277,6 +287,10 @@ def _is_convention(place: Place) -> bool:
     worth = _WORTH_BEFORE.search(place.clause_before)
     if worth and _WORTHS[worth[1].casefold()] == place.value:
         return True
+    if place.value in (28, 29, 30, 31) and (
+        _OF_MONTH.match(place.after) or _MONTH_BEFORE.search(place.before)
+    ):
+        return True  # a month's last day
     if place.value in range(1, 10) and "stem" in place.sentence:
         tens = f"{place.value}0|{place.value + 1}0"  # "below 70" asks for the stem 6
         return re.search(rf"\b(?:{tens})\b", place.question) is not None
@@ -318,15 +332,20 @@ def _is_year(place: Place) -> bool:
 # --------------------------------------------------------------------------------- distractors
 
 _IGNORE = re.compile(
-    r"\b(?:ignore|skip|disregard|leave out|does not (?:matter|count)|do not (?:matter|count|use)"
+    r"\b(?:ignore|skip|disregard|leave out|does not (?:matter|count)"
+    r"|(?:do not|don't|never) (?:matter|count|use|compute|take|read|add|confuse|mix|include|stop)"
+    r"|not (?:asked|wanted|meant|what is asked|part of the question)"
     r"|not needed|irrelevant|plays? no part)\b",
     re.I,
 )
+_PITFALL = re.compile(r"\b(?:misread\w*|decoy|trap|pitfall|distract(?:s|or|ion|ing))\b", re.I)
 
 
 def _is_distractor(place: Place) -> bool:
-    """ "ignore the 70 on the wall"."""
-    return not place.is_gold and _IGNORE.search(place.clause) is not None
+    """ "ignore the 70 on the wall"; "the height at 2, an easy misread"."""
+    if place.is_gold:
+        return False
+    return bool(_IGNORE.search(place.clause) or _PITFALL.search(place.sentence))
 
 
 # ---------------------------------------------------------------------------- general statements
@@ -354,7 +373,30 @@ def _describes_kinds(place: Place) -> bool:
     return len(_TAKEN_OUT.findall(place.sentence)) > 1
 
 
+_FULL_RANGE = re.compile(
+    r"(?<![\d.])1(?: ?(?:to|through|-|, ?\\?l?dots,?|\\dots|, ?\.\.\.,?) ?|(?:, \d)*(?:,|,? and|,? or) )"
+    r"(\d)(?![\d.]\d|\d)"
+)
+
+
+def _is_of_full_range(place: Place) -> bool:
+    """ "the digits 1 to 4" of a sudoku: all candidates from 1 up to a number of the question."""
+    if place.value not in range(1, 10):
+        return False
+    text = place.before + place.number.text + place.after
+    start = len(place.before)
+    for match in _FULL_RANGE.finditer(text):
+        last = int(match[1])
+        listed = [int(digit) for digit in re.findall(r"\d", match[0])]
+        is_range = listed == [1, last] and last > 2 or listed == list(range(1, last + 1))
+        if is_range and match.start() <= start < match.end():
+            asks = re.search(rf"(?<![\d.]){last}(?![\d.])|sudoku", place.question, re.I)
+            return last > 2 and asks is not None
+    return False
+
+
 _RELIEFS = (
+    _is_of_full_range,
     _is_name,
     _is_in_formula,
     _is_fact,

@@ -201,6 +201,8 @@ def _cjk_in_digits(match: re.Match) -> str:
 
 # Mathematics mode, Markdown's bold and code. "$5" keeps its sign.
 _MARKUP = re.compile(r"\\\(|\\\)|\\\[|\\\]|(?<!\\)\$(?!\d)|\*\*|`")
+# "$31$ days" holds no dollars
+_NUMBER_IN_MATHS = re.compile(r"(?<!\\)\$(\d(?:[^$;\s]| (?=[\\\d+*/=<>-])){0,40})(?<! )\$(?!\d)")
 _LATEX_SIGN = re.compile(r"[\\^~${}`*]")
 _PER_CENT = re.compile(r" ?\bper ?cent\b", re.I)
 _THRICE = re.compile(r"\bthrice\b", re.I)
@@ -218,7 +220,8 @@ def normal(text: str) -> str:
     if text.isascii() and not _LATEX_SIGN.search(text):
         text = " ".join(text.split())
     else:
-        text = plain_latex(_MARKUP.sub(" ", _without_marks(plain_latex(text))))
+        text = _NUMBER_IN_MATHS.sub(r"\1", _without_marks(plain_latex(text)))
+        text = plain_latex(_MARKUP.sub(" ", text))
     words = set(_WORD.findall(text.casefold()))
     if not words.isdisjoint(("thrice", "cent", "percent")):
         text = _THRICE.sub("three times", _PER_CENT.sub(" %", text))

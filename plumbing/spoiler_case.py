@@ -300,8 +300,11 @@ _CORNERS = """
     triang 3 square 4 rectang 4 quadril 4 parallelogram 4 rhombus 4 trapez 4 pentagon 5 hexagon 6
     heptagon 7 octagon 8 nonagon 9 decagon 10 dodecagon 12 cube 6
 """
+# Words of a question that state a number without naming it
+_CORNERS += " doubl 2 twice 2 tripl 3 halve 2 percent 100 midnight 12 noon 12"
 _CORNERS_OF = dict(zip(_CORNERS.split()[::2], _CORNERS.split()[1::2], strict=True))
 _THOUSANDS = {"thousands": 1000, "millions": 10**6}
+_AFTERNOON = re.compile(r"\b(\d\d?)(?:[:.]\d\d)? ?p\.?m\b")
 _WHOLE = re.compile(r"\d+")
 
 
@@ -318,6 +321,7 @@ def _stated(text: str) -> set[Fraction | float]:
     lower = text.casefold()
     values |= {Fraction(place) for place, word in enumerate(ORDINALS, 1) if word in lower}
     values |= {Fraction(value) for word, value in _THOUSANDS.items() if word in lower}
+    values |= {Fraction(int(hour) % 12 + 12) for hour in _AFTERNOON.findall(lower)}
     return values | {Fraction(count) for word, count in _CORNERS_OF.items() if word in lower}
 
 

@@ -23,6 +23,10 @@ _HINT_TALK = """
     type line point side picture figure axis table graph chart bar label part area answer such
 """
 _HINT_TALK = set(_HINT_TALK.split())
+# "a second hatched area" says nothing of "military area"
+_GENERAL_NOUNS = set(
+    "side picture line point area part label number value amount kind type".split()
+)
 _SIDES = {"left", "right", "upper", "lower"}
 
 
@@ -87,7 +91,7 @@ def word_of_answer(case: Case) -> Iterator[str]:
     others = " ".join(case.other_options)
     taken = COMMON_WORDS if case.options else COMMON_WORDS | _HINT_TALK
     if len(answer) > 1:
-        taken = taken | _SIDES  # "the patient's left" for "left kidney"
+        taken = taken | _SIDES | _GENERAL_NOUNS  # "the patient's left" for "left kidney"
     for word in dict.fromkeys(answer):
         if word in taken or word in YES_OR_NO or len(word) < 3 or not word.isalpha():
             continue
@@ -156,7 +160,8 @@ def _word_forms(words: str) -> str:
         form = form[:-1]
     elif form.endswith("e"):
         form = form[:-1] + "(?:e|ish|ing)"
-    return form if len(words) >= 6 else r"\b" + form
+    # "sandstones" for stones, but not "preview" for review
+    return (r"(?:\b|(?<=[a-z]{2}))" if len(words) >= 6 else r"\b") + form
 
 
 _COMPASS = re.compile(r"(north|south)[ -]?(east|west)")

@@ -18,7 +18,7 @@ from plumbing.answers import DIGIT_OR_COMMAND, split_unit, to_number
 from plumbing.innocent_counts import DEFINITE_BEFORE
 from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
-from plumbing.number_words import Number
+from plumbing.number_words import Number, numbers
 from plumbing.spoiler_case import Case, Gold, is_new, part_value, read_case, whole_numbers
 from plumbing.spoiler_exclusion import excludes_others
 from plumbing.spoiler_forms import (
@@ -65,12 +65,15 @@ _IS_OF_KIND = re.compile(
     r"\banswer(?: is| must be| should be|:) (?:"
     r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible"
     r"|rounded|to be|not an?)\b|"
-    r"an? (?:whole |single |simple |positive |mixed )?"
+    r"an? (?:whole |single |simple |positive |mixed |short |full |common )?"
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
     r"|month|day|place|volume|distance|speed|interval|expression)\b(?! (?:near|close|that|which))"
     r"|the (?:figure|one|item|name|option|value|number|word) (?:that|which|whose|with|without)\b"
-    r"(?=.*\b(?:others|all|asked|same|remains|tick|mark|tally)\b))",
+    r"(?=.*\b(?:others|all|asked|same|remains|tick|mark|tally)\b)"
+    r"|(?:the|their|its|this|that) (?:\w+ )?(?:difference|sum|product|ratio|quotient|total|number"
+    r"|share|length|distance|gap|result|remainder|count)\b(?! (?:is|of \d))"
+    r"|[|(]*(?:\\frac ?\{)?[A-Z](?![a-z]) ?[+*/\\^])",
     re.I,
 )
 _DEPENDS = re.compile(r"\b(?:if|whether|unless|otherwise|when|depending)\b", re.I)
@@ -98,7 +101,7 @@ def _states_number(case: Case) -> Iterator[str]:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
-        if not gold and _combines_known(number, case):
+        if not gold and (_combines_known(number, case) or _converts_known(number, case)):
             continue
         place = Place(number, case.text, question, gold is not None, asks_number)
         if is_innocent(place):
@@ -114,9 +117,12 @@ def _is_known(number: Number, case: Case) -> bool:
         return True
     if number.values[0] != len(case.options):
         return False
+    if case.labels and _BEGINS.search(case.text[max(0, number.start - 3) : number.start]):
+        return True  # "Four dials hang side by side"
     return DEFINITE_BEFORE.search(case.text[max(0, number.start - 24) : number.start]) is not None
 
 
+_BEGINS = re.compile(r"(?:^|[;.] )$")
 _PLAIN_FACTORS = {*map(Fraction, (1, 2, 3, 4, 90, 100, 180, 360))}
 
 
@@ -126,6 +132,20 @@ def _combines_known(number: Number, case: Case) -> bool:
     if len(pieces) < 2 or "." in number.text:
         return False
     return pieces <= case.known | _PLAIN_FACTORS and not pieces.isdisjoint(case.known)
+
+
+def _converts_known(number: Number, case: Case) -> bool:
+    """A number of the question in another unit: "0.25 l" where the question states 250 ml."""
+    unit = unit_of(number, case.text)
+    if unit is None:
+        return False
+    for stated in numbers(case.stem):
+        other = unit_of(stated, case.stem)
+        if other is None or other[0] != unit[0] or other[1] == unit[1]:
+            continue
+        if any(value * unit[1] == stated.values[0] * other[1] for value in number.values):
+            return True
+    return False
 
 
 def _gold_of(number: Number, case: Case) -> Gold | None:
