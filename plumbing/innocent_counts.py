@@ -30,6 +30,9 @@ _PARTITIVE = re.compile(
     r"(?!.{0,25}\b(?:are|is|have|lie)\b(?! (?:labelled|labeled|given|printed|known|needed)))"
     r"|or more\b)"
 )
+_PART_OF = re.compile(
+    r" of (?:the|these|those|its|their) (?!options|choices|candidates|statements)"
+)
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
     r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{1,30}"
@@ -142,8 +145,8 @@ _USED_BEFORE = re.compile(
 )
 _TO_FIND = re.compile(r"\W*(?:(?:then|next|first|now|so) )?(?:find|spot|locate|get) ", re.I)
 _ASKS_COUNT = re.compile(
-    r"\b(?:how many|how much|number|total|altogether|sum|probabil\w+|fraction|ratio|percent\w*|share"
-    r"|chance|difference|more|fewer|average|mean|perimeter|area|volume|slope|value|count)\b",
+    r"\b(?:how many|how much|number|total|altogether|sum|probabil\w+|fraction|ratio|percent\w*"
+    r"|share|chance|difference|more|fewer|average|mean|perimeter|area|volume|slope|value|count)\b",
     re.I,
 )
 _MEASURES_BEHIND = re.compile(
@@ -168,10 +171,13 @@ def _is_count_of_others(place: Place) -> bool:
         return True
     if _STATED_BEFORE.search(before) or _LISTED_BEFORE.search(place.sentence_before):
         is_open = not place.asks_number or _OF_EACH.search(place.sentence_before)
-        is_open = is_open or (noun and not _ASKS_COUNT.search(place.question))
+        if noun and not _ASKS_COUNT.search(place.question):
+            is_open = is_open or not _MEASURES_BEHIND.match(place.after)
         return value == 2 and bool(is_open)
     if value > 2 and not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
         return False
+    if value == 2 and _PART_OF.match(place.after) and not place.asks_number:
+        return _ASKS_COUNT.search(place.question) is None
     if value <= 3 and (_PARTITIVE.match(place.after) or _THE_BEFORE.search(before)):
         return True
     if _QUANTIFIED.search(before):

@@ -38,7 +38,7 @@ _NAME_BEFORE = re.compile(
 _NOUN_BEFORE = re.compile(r"\b([A-Za-z]{4,}) (?:\d+(?:, (?:and )?| and | or | to |-))*$")
 _ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
 # "the second Tuesday is the 10th"; not "the 2nd row"
-_DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)(?: *$|[.,;:])")
+_DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)(?: *$|[.,;:]| of [JFMASOND][a-z]{2,})")
 _ASKS_DATE = re.compile(r"\bdate\b|\bday of the month\b", re.I)
 _LETTER_BEFORE = re.compile(r"[A-Za-z](?:_\{?)?$")
 _EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}] ?\^\{?$")
@@ -75,7 +75,8 @@ _CONSTANTS = {*map(Fraction, (2, 3, 4, 90, 100, 180, 360))}
 _CONSTANTS |= {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(4, 3)}
 _FORMULA_BEFORE = re.compile(
     r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over "
-    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\frac ?\{[^{}\\]*[A-Za-z][^{}\\]*\}\{|\\sqrt ?\{?\d\}?: ?|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
+    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\frac ?\{[^{}\\]*[A-Za-z][^{}\\]*\}\{|\\sqrt ?\{?\d\}?: ?"
+    r"|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
 )
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
@@ -374,7 +375,8 @@ def _describes_kinds(place: Place) -> bool:
 
 
 _FULL_RANGE = re.compile(
-    r"(?<![\d.])1(?: ?(?:to|through|-|, ?\\?l?dots,?|\\dots|, ?\.\.\.,?) ?|(?:, \d)*(?:,|,? and|,? or) )"
+    r"(?<![\d.])1(?: ?(?:to|through|-|,? ?\\l?dots,?|, ?\.\.\.,?) ?"
+    r"|(?:, \d)*(?:,|,? and|,? or) )"
     r"(\d)(?![\d.]\d|\d)"
 )
 

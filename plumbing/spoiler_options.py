@@ -143,7 +143,8 @@ _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
 _NEIGHBOUR = re.compile(
     r"\b(?:after|before|above|below|between|next to)\b"
     r"(?! (?:\w+ing|you|that|the (?:options|choices))\b)"
-    r"(?![^,;]*\b(?:each|every|all)\b)[^,;]*\b(?:in|among|of) (?:the |list of )+(?:options|choices)\b"
+    r"(?![^,;]*\b(?:each|every|all)\b)"
+    r"[^,;]*\b(?:in|among|of) (?:the |list of )+(?:options|choices)\b"
 )
 
 

@@ -24,9 +24,8 @@ _HINT_TALK = """
 """
 _HINT_TALK = set(_HINT_TALK.split())
 # "a second hatched area" says nothing of "military area"
-_GENERAL_NOUNS = set(
-    "side picture line point area part label number value amount kind type".split()
-)
+_GENERAL_NOUNS = "side picture line point area part label number value amount kind type"
+_GENERAL_NOUNS = set(_GENERAL_NOUNS.split())
 _SIDES = {"left", "right", "upper", "lower"}
 
 

@@ -71,8 +71,9 @@ _IS_OF_KIND = re.compile(
     r"|month|day|place|volume|distance|speed|interval|expression)\b(?! (?:near|close|that|which))"
     r"|the (?:figure|one|item|name|option|value|number|word) (?:that|which|whose|with|without)\b"
     r"(?=.*\b(?:others|all|asked|same|remains|tick|mark|tally)\b)"
-    r"|(?:the|their|its|this|that) (?:\w+ )?(?:difference|sum|product|ratio|quotient|total|number"
-    r"|share|length|distance|gap|result|remainder|count)\b(?! (?:is|of \d))"
+    r"|(?:the|their|its) (?:(?!first|second|third|fourth|last|middle|\w+est\b)\w+ )?(?:number of"
+    r"|difference|sum|product|ratio|quotient|total|share|length|distance|gap|result|remainder"
+    r"|count)\b(?! (?:is|of \d))"
     r"|[|(]*(?:\\frac ?\{)?[A-Z](?![a-z]) ?[+*/\\^])",
     re.I,
 )
@@ -135,11 +136,13 @@ def _combines_known(number: Number, case: Case) -> bool:
 
 
 def _converts_known(number: Number, case: Case) -> bool:
-    """A number of the question in another unit: "0.25 l" where the question states 250 ml."""
+    """A number of the question in another form: "0.25 l" for 250 ml, "times 1.2" for 20 % more."""
     unit = unit_of(number, case.text)
-    if unit is None:
-        return False
     for stated in numbers(case.stem):
+        if stated.text.endswith("%") and abs(number.values[-1] - 1) == stated.values[0]:
+            return True
+        if unit is None:
+            continue
         other = unit_of(stated, case.stem)
         if other is None or other[0] != unit[0] or other[1] == unit[1]:
             continue
