@@ -9,104 +9,10 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from functools import cached_property
 
 from plumbing.general_statements import is_general
-from plumbing.number_words import Number
-
-# -------------------------------------------------------------------------------------- units
-
-# The dimension, then each unit's size and names. "month" has no exact size in days.
-_UNITS = """
-    time 1 s sec second seconds; time 60 min minute minutes; time 3600 h hr hour hours;
-    time 86400 day days; time 604800 week weeks;
-    years 1 month months; years 12 year years;
-    length 1 mm millimeter millimeters millimetre millimetres;
-    length 10 cm centimeter centimeters centimetre centimetres;
-    length 1000 m meter meters metre metres;
-    length 1000000 km kilometer kilometers kilometre kilometres;
-    feet 1 inch inches; feet 12 foot feet ft; feet 36 yard yards; feet 63360 mile miles;
-    mass 1 mg milligram milligrams; mass 1000 g gram grams; mass 1000000 kg kilogram kilograms;
-    mass 1000000000 t tonne tonnes ton tons;
-    pounds 1 ounce ounces oz; pounds 16 pound pounds lb lbs;
-    volume 1 ml mL milliliter milliliters millilitre millilitres; volume 10 cl;
-    volume 1000 l L liter liters litre litres;
-    length 10 厘米; length 1000 米; time 60 分钟; time 3600 小时; money 100 元; angle 1 度;
-    mass 1000 克; mass 1000000 千克; money 1 cent cents ct;
-    money 100 $ dollar dollars € euro euros £;
-    angle 1 degree degrees °; percent 1 % percent; squares 1 square squares; units 1 unit units;
-    force 1 N newton newtons; power 1 W watt watts; voltage 1 V volt volts; current 1 A ampere
-    amperes; resistance 1 ohm ohms Ω; heat 1 °C °F celsius; energy 1 J joule joules;
-    calories 1 calorie calories kcal
-"""
-
-
-def _read_units() -> dict[str, tuple[str, int]]:
-    """Each name of a unit with its dimension and size: "hours" -> "time", 3600."""
-    units = {}
-    for row in _UNITS.split(";"):
-        dimension, size, *names = row.split()
-        units |= {name: (dimension, int(size)) for name in names}
-    return units
-
-
-UNITS = _read_units()
-_NAMES = "|".join(re.escape(name) for name in sorted(UNITS, key=len, reverse=True))
-# not the s of "2s + 7 = 31", and no "2 square numbers"
-_NO_UNIT = r"(?![^\W\d_]| ?[-+*=/^] ?[\d(]| (?:number|root)s?\b)"
-_UNIT_BEHIND = re.compile(rf"-? ?(?:square |cubic )?({_NAMES}){_NO_UNIT}")
-_ANY_UNIT = re.compile(rf"(?<![^\W_])({_NAMES})(?![^\W_])")
-
-
-def unit_of(number: Number, text: str) -> tuple[str, int] | None:
-    """The dimension and size of the unit behind a number: the "hours" of "2 hours"."""
-    if number.text.endswith("%"):
-        return UNITS["%"]
-    match = _UNIT_BEHIND.match(text, number.end)
-    if match:
-        return UNITS[match[1]]
-    before = text[max(0, number.start - 3) : number.start].rstrip()[-1:]
-    return UNITS.get(before) if before in ("$", "€", "£") else None
-
-
-def units_in(text: str) -> list[tuple[str, int]]:
-    """The dimension and size of all units that a text names, in order."""
-    return [UNITS[match[1]] for match in _ANY_UNIT.finditer(text)]
-
-
-# ----------------------------------------------------------------------------------- the place
-
-_END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
-
-
-class Place:
-    """A number of a hint with what stands around it. Most questions need only a little of it."""
-
-    def __init__(self, number: Number, text: str, question: str, is_gold: bool):
-        self.number = number
-        self.value = number.values[-1]
-        self.before = text[max(0, number.start - 160) : number.start]
-        self.after = text[number.end : number.end + 80]
-        self.is_gold = is_gold  # it is a form of the gold answer
-        self.question = question
-        self.unit = unit_of(number, text)
-
-    @cached_property
-    def clause_before(self) -> str:
-        return _END_OF_CLAUSE.split(self.before)[-1]
-
-    @cached_property
-    def clause(self) -> str:
-        return self.clause_before + self.number.text + _END_OF_CLAUSE.split(self.after, 1)[0]
-
-    @cached_property
-    def sentence_before(self) -> str:
-        return _END_OF_SENTENCE.split(self.before)[-1]
-
-    @cached_property
-    def sentence(self) -> str:
-        return self.sentence_before + self.number.text + _END_OF_SENTENCE.split(self.after, 1)[0]
+from plumbing.innocent_counts import is_small_count
+from plumbing.number_places import Place, units_in
 
 
 def is_innocent(place: Place) -> bool:
@@ -131,15 +37,20 @@ _NAME_BEFORE = re.compile(
 )
 _NOUN_BEFORE = re.compile(r"\b([A-Za-z]{4,}) (?:\d+(?:, (?:and )?| and | or | to |-))*$")
 _ORDINAL_BEHIND = re.compile(r"(?:st|nd|rd|th)\b|-?[Dd]\b(?!')")
-_LETTER_BEFORE = re.compile(r"[A-Za-z]_?$")
-_EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}]\^\{?$")
+# "the second Tuesday is the 10th"; not "the 2nd row"
+_DATE_BEHIND = re.compile(r"(?:st|nd|rd|th)(?: *$|[.,;:]| of [JFMASOND][a-z]{2,})")
+_ASKS_DATE = re.compile(r"\bdate\b|\bday of the month\b", re.I)
+_LETTER_BEFORE = re.compile(r"[A-Za-z](?:_\{?)?$")
+_EXPONENT_BEFORE = re.compile(r"[A-Za-z)\]}] ?\^\{?$")
 _LIST_MARK_BEFORE = re.compile(r"(?:^|[;.:] )\(?$")
 _LIST_MARK_BEHIND = re.compile(r"[.)] ")
 
 
 def _is_name(place: Place) -> bool:
     """ "net 2", "lines 1, 3 and 6", "R1", "2nd", "3D", "1. Read the bar"."""
-    if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-2:]):
+    if _DATE_BEHIND.match(place.after) and _ASKS_DATE.search(place.question):
+        return False
+    if _ORDINAL_BEHIND.match(place.after) or _LETTER_BEFORE.search(place.before[-3:]):
         return True
     if _LIST_MARK_BEHIND.match(place.after) and _LIST_MARK_BEFORE.search(place.before):
         return not place.is_gold
@@ -163,12 +74,15 @@ def _is_name(place: Place) -> bool:
 _CONSTANTS = {*map(Fraction, (2, 3, 4, 90, 100, 180, 360))}
 _CONSTANTS |= {Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(4, 3)}
 _FORMULA_BEFORE = re.compile(
-    r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over )$"
+    r"(?:[A-Za-z)\]}](?: [-+*/:^] |[-+*/:^])[({]{0,2}|\\sqrt ?\{?|[A-Za-z)}] over "
+    r"|(?<!pi)(?<=[A-Za-z)])\}\{|\\frac ?\{[^{}\\]*[A-Za-z][^{}\\]*\}\{|\\sqrt ?\{?\d\}?: ?"
+    r"|[A-Za-z] ?[-+] ?[A-Za-z] ?= ?)$"
 )
 _FORMULA_BEHIND = re.compile(
     r"[)}]? ?(?:[-+*/] ?[({\\]?(?!\d)[A-Za-z(\\]|times (?:[b-zB-Z]|pi)\b)"
-    r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\()"
-    r"|[a-zA-Z](?<![mgslL])(?![a-z]{2})| (?:bh|gh|ab|ah|lw|mv)\b"
+    r"| ?(?:\\pi|\\sqrt|\\frac|pi\b|sqrt|\(|\|)"
+    r"|(?!nd|rd|st|th)[a-zA-Z](?<![mgslL])(?![a-z]{2})"
+    r"|[a-z] ?[-+=] ?[\da-z]| (?:bh|gh|ab|ah|lw|mv)\b"
 )
 _OVER_LETTER = re.compile(r" ?/ ?[A-Za-z|(\\]")
 _FACTORS = {*map(Fraction, (2, 3, 4, 10, 12, 24, 60, 100, 1000))}
@@ -192,7 +106,7 @@ _OF_MEASURE = re.compile(
 def _is_in_formula(place: Place) -> bool:
     """ "2 * pi * r", "(n - 2) * 180", "divide by 2", "half of the base times the height"."""
     value = place.value
-    if _EXPONENT_BEFORE.search(place.before[-3:]):
+    if _EXPONENT_BEFORE.search(place.before[-4:]):
         return True
     if value == 1 and _OVER_LETTER.match(place.after):
         return True
@@ -221,12 +135,16 @@ def _read_facts(rows: list[tuple[str, str]]) -> dict[Fraction, list[re.Pattern]]
 
 # Values, then a pattern that their sentence must have.
 _SENTENCE_FACTS = [
-    ("90 180 360", r"."),
     ("100", r"%|percent|hundred|whole|out of|\bper 100"),
     ("6 30", r"numeral|minute hand\b.*per minute"),
     ("60", r"equilateral|minute|second|hour"),
     ("30 45 60", r"\b30\b.{1,10}\b60\b.{1,10}\b90\b|\b45\b.{1,10}\b45\b.{1,10}\b90\b|special"),
     ("6 30 0.5 1/2", r"\bhand\b.*(?:each|per|a|an|every|1) (?:minute|hour)\b"),
+    (
+        "3 6 9 12",
+        r"(?=.*\b(?:minute|long) hand\b).*\b(?:half past|quarter (?:past|to)|full hour)\b",
+    ),
+    ("15 30 45", r"\b(?:half|quarter|1/2|1/4|3/4)\b.*\b(?:turn|hour|dial)"),
     ("9 18 19", r"\bcarry\b|\bcarries\b"),
     ("1", r"\bslopes?\b.*perpendicular|perpendicular.*\bslopes?\b"),
     ("13", r"\bcolon(?:y|ies)\b"),
@@ -239,15 +157,19 @@ _SENTENCE_FACTS = [
     ("60", r"Minuten|\bminut[oi]s?\b|分钟|Sekunden|\bsegundos?\b|秒"),
     ("5", r"大格|\bMonday to Friday\b|\bweekdays\b|\bworking days\b"),
     ("7", r"opposite (?:faces|sides)"),
-    ("50 1/2", r"%.*\b(?:more|less|over|under|middle|majority|whole|bar)\b|\bhalf\b"),
+    ("50 1/2", r"%.*\b(?:more|less|over|under|middle|majority|whole|bar|level|median)\b|\bhalf\b"),
     ("50 1/2", r"\b(?:more|less|over|under|middle|majority)\b.*%"),
     ("1/10 1/100 1/1000", r"%|per ?cent|percent|decimal"),
     ("10 100 1000 10000 100000 1000000", r"等于|换算|=.*(?:米|克|升)"),
     ("0 1 2 3 4 5 6 7 8 9 10", r"\bdigits?\b|\bfrom 1 to 10\b|\b\d from (?:a |an )?\d\b"),
     ("2 3 4 5 6 7 8 9 10 11", r"divisib|multiples|\bprime"),
-    ("10 100 1000", r"power|place value|\btens\b|decimal|centur|decade"),
+    (
+        "10 100 1000",
+        r"power|place value|\btens\b|decimal|centur|decade|factor of 10|\b10 times|\blog"
+        r"|hundreds chart|\b100 (?:chart|board)|Richter|decibel|\bpH\b",
+    ),
     ("365 366", r"\bdays\b"),
-    ("2", r"\beven\b|\bodd\b|binary"),
+    ("2", r"\beven\b|\bodd\b|binary|\bEuler"),
     ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
     ("5 12 30 60", r"(?:\bminute|\bhour|dial|(?<!')clock).*\b(?:each|every|full turn|marks)\b"),
     ("6 8 12", r"\bcubes?\b.*\b(?:edges|faces|corners|vertices)\b"),
@@ -260,6 +182,11 @@ _SENTENCE_FACTS = [
 ]
 # Values, then a pattern that their sentence or the question must have.
 _TOPIC_FACTS = [
+    (
+        "90 180 360",
+        r"degree|angle|\bturn|circle|triang|polygon|quadril|straight|\barcs?\b|\bpie\b|sector"
+        r"|rotat|bearing|compass|parallel|perpendicular|\bring\b|[∠°度角]|Winkel|\bgrad\b|clock",
+    ),
     ("36", r"\b(?:die|dice)\b"),
     ("5 12 60", r"\b(?:clock|dial|hour hand|minute hand)\b"),
     ("12", r"\bmonths?\b|\bMonate?n?\b|\bmeses\b|\bmois\b|个月"),
@@ -295,8 +222,31 @@ _SET_TO = re.compile(
 )
 
 
+# A power of ten as such, "10^{-3}"; "4.2 times 10^5" was read off
+_POWER_OF_TEN = re.compile(r"10(?:\^|$)")
+_POWER_BEHIND = re.compile(r"\^\{?-?\d")
+_POWER_BEFORE = re.compile(r"\b10\^\{?-?$")
+_MULTIPLIED = re.compile(r"\d ?(?:times|[*x]) ?$")
+_SCALE_RUNS = re.compile(
+    r"\bscale (?:runs|goes|ranges|reaches|extends) from -?\d+(?: \([^)]*\))? to -?(?:\d+)?$", re.I
+)
+
+
+def _is_of_scale(place: Place) -> bool:
+    """A prefix's power of ten, a scale's ends: "the pH scale runs from 0 to 14"."""
+    before = place.before
+    if _POWER_BEFORE.search(before[-6:]):
+        return True
+    is_power = "^" in place.number.text or _POWER_BEHIND.match(place.after)
+    if is_power and _POWER_OF_TEN.match(place.number.text):
+        return _MULTIPLIED.search(before[-12:]) is None
+    return _SCALE_RUNS.search(before) is not None
+
+
 def _is_fact(place: Place) -> bool:
     """ "add up to 180 degrees", "100 %", "60 minutes in an hour", "set x = 0"."""
+    if not place.is_gold and _is_of_scale(place):
+        return True
     if place.value in (0, 1) and not place.before.endswith((" -", "=-")):
         return not place.is_gold or _SET_TO.search(place.clause_before) is not None
     if _PI.fullmatch(place.number.text) and _CIRCLE.search(f"{place.sentence} {place.question}"):
@@ -325,6 +275,11 @@ _WORTH_BEFORE = re.compile(
     re.I,
 )
 _POINTS_TO_TRY = re.compile(r"\b[a-z] ?= ?-?\d+ (?:or|and) (?:at )?[a-z] ?= ?-?$")
+_MONTHS = (
+    r"(?:january|february|march|april|may|june|july|august|september|october|november|december)"
+)
+_OF_MONTH = re.compile(rf"(?:st|th)?(?: of)? {_MONTHS}\b", re.I)
+_MONTH_BEFORE = re.compile(rf"\b{_MONTHS} $", re.I)
 _LATER_IGNORED = re.compile(r"[^.;]{0,30}[;,] (?:no \w+|nothing)(?: here)? (?:needs|uses)\b")
 
 
@@ -333,6 +288,10 @@ def _is_convention(place: Place) -> bool:
     worth = _WORTH_BEFORE.search(place.clause_before)
     if worth and _WORTHS[worth[1].casefold()] == place.value:
         return True
+    if place.value in (28, 29, 30, 31) and (
+        _OF_MONTH.match(place.after) or _MONTH_BEFORE.search(place.before)
+    ):
+        return True  # a month's last day
     if place.value in range(1, 10) and "stem" in place.sentence:
         tens = f"{place.value}0|{place.value + 1}0"  # "below 70" asks for the stem 6
         return re.search(rf"\b(?:{tens})\b", place.question) is not None
@@ -359,112 +318,6 @@ _THOUSANDS = {Fraction(1000**exponent) for exponent in range(1, 4)}
 _ONE_UNIT = re.compile(r"\b(?:one|1) [a-z]+", re.I)
 
 
-# ------------------------------------------------------------------------------------- counts
-
-_NO_NOUN = """
-    of on in at is are was were has have and or from to as by for so then than times plus minus more
-    less fewer wide long high tall deep apart away up down left right over under per with because
-    since which that this it its not too each together
-"""
-_PLURAL = r"[^\W\d_]+(?:s|en|ices|ii|foci|loci|[^\W\d_]i|people|dice|mice|geese|feet)"
-_NOUN_BEHIND = re.compile(
-    rf"[ -](?:(?!(?:{'|'.join(_NO_NOUN.split())})\b)[\w-]+ ){{0,2}}?"
-    rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
-)
-_DEFINITE_BEFORE = re.compile(
-    r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
-    r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
-    re.I,
-)
-_PARTITIVE = re.compile(
-    r" (?:of (?:the|these|those|them)\b(?!.{0,25}\b(?:are|is|have|lie)\b)|or more\b)"
-)
-_THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other) $", re.I)
-_GENERAL_BEFORE = re.compile(
-    r"(?<!is )(?<!are )(?<!\ba )\b(?:an?|each|every|any) [\w -]{2,30}"
-    r" (?:has|have|with|needs?|contains?|consists of|is)(?: exactly| only)? $",
-    re.I,
-)
-_STATED_BEFORE = re.compile(
-    r"(?:\b(?:there (?:is|are|were)|shows?|sees?|counts?|total(?: of)?|gives?|makes?|making|equals?"
-    r"|is|are|has|have|reach(?:es)?|contains?|you (?:get|find)|leaves?|leaving|remain\w*|exactly"
-    r"|namely|only|hay|gibt es|son|sind)|[=:≈])(?: about| only| just| exactly)? $",
-    re.I,
-)
-_GRID = re.compile(r" (?:by|x) \d+ (?:table|grid|matrix|board|array|square)")
-_GRID_BEFORE = re.compile(r"\d (?:by|x) $")
-_ONE_OR = re.compile(r"\b(?:one|1|2)\b.*\bor $")
-_CONDITION = re.compile(r"\b(?:if|when|even|odd|always|any|every|each|whenever)\b", re.I)
-
-
-_MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
-
-
-def _is_small_count(place: Place) -> bool:
-    """ "the two lines", "a square has four sides"; not "there are five bars", "7 squares wide"."""
-    if place.value == 2 and _MARKS_BEHIND.match(place.after):
-        return True
-    if place.unit or place.value not in range(2, 13):
-        return False
-    return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
-
-
-_AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
-_OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
-
-
-def _is_count_of_gold(place: Place) -> bool:
-    """The answer is a small number, and the hint counts what nobody asks for: "the two lines"."""
-    noun = _NOUN_BEHIND.match(place.after)
-    before = place.clause_before
-    if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
-        return True
-    if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
-        return False
-    if place.value == 2 and _OF_TWO.search(before):
-        return True
-    return bool(_DEFINITE_BEFORE.search(before) or _GENERAL_BEFORE.search(before))
-
-
-_NAMED_RESULT = re.compile(r"\bhere [A-Z]_?\{?\w*\}? ?= ?$")  # "here R_p = 2"
-_COUNTED_ALOUD = re.compile(
-    r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|are (?:on|in|at|left|shaded))\b"
-)
-
-
-def _is_count_of_others(place: Place) -> bool:
-    """A count that is no answer. Two always passes; three may stand without a noun."""
-    value, before = place.value, place.clause_before
-    if _NAMED_RESULT.search(before) and not _CONDITION.search(place.clause):
-        return False
-    if value == 2 or before.endswith(" other "):
-        return True
-    if _GRID.match(place.after) or _GRID_BEFORE.search(before):
-        return value <= 10
-    without_noun = (
-        _ONE_OR.search(before) or _PARTITIVE.match(place.after) or _THE_BEFORE.search(before)
-    )
-    if without_noun and value <= 3:
-        return True
-    if _GENERAL_BEFORE.search(before):
-        return True
-    if not _NOUN_BEHIND.match(place.after):
-        return False
-    if _DEFINITE_BEFORE.search(before):
-        return True
-    if not before.strip(" ;.,") and _COUNTED_ALOUD.match(place.after):
-        return False
-    if _STATED_BEFORE.search(before):
-        return value <= 4 and _CONDITION.search(place.clause) is not None
-    return value <= 6
-
-
-def _asks_for(noun: str, question: str) -> bool:
-    """The question asks how many of the noun there are."""
-    stem = re.escape(noun[:-1] if len(noun) > 4 else noun)
-    return re.search(rf"\b(?:how many|number of)\b.{{0,60}}\b{stem}", question, re.I) is not None
-
-
 # -------------------------------------------------------------------------------------- years
 
 _YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
@@ -480,15 +333,20 @@ def _is_year(place: Place) -> bool:
 # --------------------------------------------------------------------------------- distractors
 
 _IGNORE = re.compile(
-    r"\b(?:ignore|skip|disregard|leave out|does not (?:matter|count)|do not (?:matter|count|use)"
+    r"\b(?:ignore|skip|disregard|leave out|does not (?:matter|count)"
+    r"|(?:do not|don't|never) (?:matter|count|use|compute|take|read|add|confuse|mix|include|stop)"
+    r"|not (?:asked|wanted|meant|what is asked|part of the question)"
     r"|not needed|irrelevant|plays? no part)\b",
     re.I,
 )
+_PITFALL = re.compile(r"\b(?:misread\w*|decoy|trap|pitfall|distract(?:s|or|ion|ing))\b", re.I)
 
 
 def _is_distractor(place: Place) -> bool:
-    """ "ignore the 70 on the wall"."""
-    return not place.is_gold and _IGNORE.search(place.clause) is not None
+    """ "ignore the 70 on the wall"; "the height at 2, an easy misread"."""
+    if place.is_gold:
+        return False
+    return bool(_IGNORE.search(place.clause) or _PITFALL.search(place.sentence))
 
 
 # ---------------------------------------------------------------------------- general statements
@@ -498,14 +356,53 @@ def _is_said_of_all(place: Place) -> bool:
     """ "a hexagon has angles of 120 degrees", "remember that a dime is 10 cents", "not 100"."""
     if place.is_gold or (place.number.decimals == 2 and place.unit and place.unit[0] == "money"):
         return False  # "a coffee costs $3.25" is read off
-    return is_general(place.sentence_before, place.sentence)
+    return is_general(place.sentence_before, place.sentence) or _describes_kinds(place)
+
+
+_TAKEN_OUT = re.compile(r" {2,}")
+_ASKS_TO_COMPARE = re.compile(
+    r"\b(?:most|least|more|less|fewer|fewest|first|last|how|\w+est"
+    r"|(?:larg|high|small|great|long|tall|low|short|fast|slow|heavi|cheap)er)\b",
+    re.I,
+)
+
+
+def _describes_kinds(place: Place) -> bool:
+    """A small count in a sentence on several kinds, which were taken out: "2 for sp, 3 for sp2"."""
+    if place.unit or place.value not in range(13) or _ASKS_TO_COMPARE.search(place.question):
+        return False
+    return len(_TAKEN_OUT.findall(place.sentence)) > 1
+
+
+_FULL_RANGE = re.compile(
+    r"(?<![\d.])1(?: ?(?:to|through|-|,? ?\\l?dots,?|, ?\.\.\.,?) ?"
+    r"|(?:, \d)*(?:,|,? and|,? or) )"
+    r"(\d)(?![\d.]\d|\d)"
+)
+
+
+def _is_of_full_range(place: Place) -> bool:
+    """ "the digits 1 to 4" of a sudoku: all candidates from 1 up to a number of the question."""
+    if place.value not in range(1, 10):
+        return False
+    text = place.before + place.number.text + place.after
+    start = len(place.before)
+    for match in _FULL_RANGE.finditer(text):
+        last = int(match[1])
+        listed = [int(digit) for digit in re.findall(r"\d", match[0])]
+        is_range = listed == [1, last] and last > 2 or listed == list(range(1, last + 1))
+        if is_range and match.start() <= start < match.end():
+            asks = re.search(rf"(?<![\d.]){last}(?![\d.])|sudoku", place.question, re.I)
+            return last > 2 and asks is not None
+    return False
 
 
 _RELIEFS = (
+    _is_of_full_range,
     _is_name,
     _is_in_formula,
     _is_fact,
-    _is_small_count,
+    is_small_count,
     _is_year,
     _is_distractor,
     _is_said_of_all,

@@ -61,7 +61,9 @@ _OF_OR_AS = re.compile(r" (?:of|as)\b")
 
 # "four and a half"; "an hour and a half" too
 _MIXED = re.compile(
-    rf"\b({_NUMBER_WORD}|\d+|an?(?= [a-z]+ and))( [a-z]+)? and (?:an?|one) ({_PARTS})\b", re.I
+    rf"\b({_NUMBER_WORD}|\d+|an?(?= [a-z]+ (?:[a-z]+ )?and))((?: full| whole| good)? [a-z]+)?"
+    rf" and (?:an?|one) ({_PARTS})\b",
+    re.I,
 )
 
 # What "half" and "quarter" are not part of: "the left half of" is a place.
@@ -199,6 +201,8 @@ def _cjk_in_digits(match: re.Match) -> str:
 
 # Mathematics mode, Markdown's bold and code. "$5" keeps its sign.
 _MARKUP = re.compile(r"\\\(|\\\)|\\\[|\\\]|(?<!\\)\$(?!\d)|\*\*|`")
+# "$31$ days" holds no dollars
+_NUMBER_IN_MATHS = re.compile(r"(?<!\\)\$(\d(?:[^$;\s]| (?=[\\\d+*/=<>-])){0,40})(?<! )\$(?!\d)")
 _LATEX_SIGN = re.compile(r"[\\^~${}`*]")
 _PER_CENT = re.compile(r" ?\bper ?cent\b", re.I)
 _THRICE = re.compile(r"\bthrice\b", re.I)
@@ -216,7 +220,8 @@ def normal(text: str) -> str:
     if text.isascii() and not _LATEX_SIGN.search(text):
         text = " ".join(text.split())
     else:
-        text = plain_latex(_MARKUP.sub(" ", _without_marks(plain_latex(text))))
+        text = _NUMBER_IN_MATHS.sub(r"\1", _without_marks(plain_latex(text)))
+        text = plain_latex(_MARKUP.sub(" ", text))
     words = set(_WORD.findall(text.casefold()))
     if not words.isdisjoint(("thrice", "cent", "percent")):
         text = _THRICE.sub("three times", _PER_CENT.sub(" %", text))
@@ -295,7 +300,7 @@ def numbers(text: str) -> list[Number]:
     for match in _NUMBER.finditer(text):
         bare = match[0][:_LONGEST_NUMBER].rstrip("% ")
         forms = dict.fromkeys((match[0][:_LONGEST_NUMBER], bare))
-        values = [Fraction(bare) if form.isdecimal() else to_number(form) for form in forms]
+        values = [Fraction(int(bare)) if form.isdecimal() else to_number(form) for form in forms]
         values = tuple(value for value in values if value is not None)
         if values:
             decimals = len(bare.partition(".")[2])

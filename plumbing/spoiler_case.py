@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from plumbing.answers import DIGIT_OR_COMMAND, pick_option, split_unit, to_number, unboxed
 from plumbing.number_words import Number, normal, numbers
@@ -20,7 +20,7 @@ _ORDINAL_WORDS = "first second third fourth fifth sixth seventh eighth ninth ten
 ORDINALS = _ORDINAL_WORDS.split()
 
 END_OF_CLAUSE = re.compile(r"[;!?,()。；，]|[.:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"([;!?。；]|\.(?=\s|$))")
+_END_OF_SENTENCE = re.compile(r"([;!?。；]|(?<!\bvs)\.(?=\s|$))")
 
 
 def sentences(text: str) -> list[str]:
@@ -28,9 +28,12 @@ def sentences(text: str) -> list[str]:
     return _END_OF_SENTENCE.split(text)[::2]
 
 
+_NO_WORD = re.compile(r"[^\w\s-]+")
+
+
 def plain_words(text: str) -> str:
     """A text without case and punctuation, for the rules on words: "Mon-day!" -> "mon-day "."""
-    return re.sub(r"[^\w\s-]+", " ", text.casefold())
+    return _NO_WORD.sub(" ", text.casefold())
 
 
 def has_word(word: str, text: str) -> bool:
@@ -50,7 +53,24 @@ def has_word(word: str, text: str) -> bool:
 
 
 _WORD_SIGN = re.compile(r"\w")
-_LETTER_A = re.compile(r"\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])")
+_LETTER_A = re.compile(
+    r"(?<=[a-z] )A\b|\bA\b(?! (?!nor|and|or|is|has|to|fits|does|can|cannot)[a-z])"
+)
+
+
+SAYS_EQUAL = re.compile(r"\b(?:equal|equally|same|tie|neither|both|no difference)\b", re.I)
+_IS_LABEL = re.compile(r"[A-Za-z]|[A-Za-z]+ (?:[A-Za-z]|\d)")
+
+
+# What leaves a verdict open
+OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
+# What tells the reader to do something with things: "fold shapes 1, 2 and 4", "look where"
+TO_DO = re.compile(
+    r"^\W*(?:now |next )?(?:compare|check|plot|read|count|look|go|fold|draw|see|test|use"
+    r"|follow|find|trace|note|weigh|put|judge|mark|match|add|multiply|subtract|take|name)\b"
+    r"|\b(?:if|whether|then|recall|remember)\b",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +95,22 @@ class Case:
     parts: list[str]  # of the answer; a hint may hold none of them
     golds: list[Gold]  # those that are numbers
     known: set[Fraction | float]  # what the question states
+    variables: set[str]  # the capital letters that the hint has in mathematics mode
 
     @property
     def letter(self) -> str | None:
         return None if self.place is None else chr(ord("A") + self.place)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Of options that name pictures or things: "2" of "Figure 2", "q" of "line q"; else empty.
+
+        An option that says that things are equal has the label "".
+        """
+        things = [option for option in self.options if not SAYS_EQUAL.search(option)]
+        if len(things) < 2 or not all(_IS_LABEL.fullmatch(option) for option in things):
+            return []
+        return [option.split()[-1] if option in things else "" for option in self.options]
 
     @cached_property
     def numbers(self) -> list[Number]:
@@ -107,6 +139,8 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
     """All that the rules read. The arguments are those of `spoilers.find_spoilers`."""
     stem, options = (question, choices) if choices else _inline_choices(question)
     place, answer = _place_and_text(unboxed(answer), options)
+    text = _without_list_marks(text)
+    variables = {letter for piece in _MATHS.findall(text) for letter in _CAPITAL.findall(piece)}
     full, stem, options = normal(text), normal(stem), [normal(option) for option in options]
     parts = _parts(answer)
     plain_answer = normal(answer)
@@ -121,7 +155,44 @@ def read_case(text: str, question: str, answer: str, choices: list[str] | None) 
         parts=[plain_answer] if is_option else parts,
         golds=_gold_numbers(parts),
         known=_known(stem, options, place),
+        variables=variables,
     )
+
+
+_MATHS = re.compile(r"\$[^$;]+\$|\\\(.+?\\\)")
+_CAPITAL = re.compile(r"[A-Z]")
+
+
+def is_new(pattern: str, case: Case) -> bool:
+    """The pattern occurs in the hint, but not in the question."""
+    return re.search(pattern, case.text) is not None and re.search(pattern, case.stem) is None
+
+
+# --------------------------------------------------------------------------------- list marks
+
+# "2. Read the bar", "(2)", "step 2:", "②"; "b) run", but not "(b) fits"
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
+_LIST_MARK = re.compile(
+    r"(?:^|(?<=[;.:!?\n])) *"
+    r"(?:(?:[Ss]tep )?[(\[]?(\d\d?|[a-h](?!\) [a-z]+s\b))[.):/\]](?=[ A-Za-z$\\])"
+    rf"|([{_CIRCLED}]))"
+)
+
+
+def _without_list_marks(text: str) -> str:
+    """The text without the numbers or letters of its steps, where they count up from 1 or a."""
+    spans, values = [], [0]
+    for match in _LIST_MARK.finditer(text):
+        mark = match[1] or str(_CIRCLED.index(match[2]) + 1)
+        value = int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1
+        if value in (1, values[-1] + 1):
+            spans.append(match.span())
+            values.append(value)
+    if 2 not in values:
+        return text
+    for start, end in reversed(spans):
+        text = f"{text[:start]} {text[end:]}"
+    return text
 
 
 # ------------------------------------------------------------------------------------ options
@@ -192,19 +263,32 @@ def _gold_numbers(parts: list[str]) -> list[Gold]:
     return golds
 
 
-_NOUNS = re.compile(r"[A-Za-z\s'-]*")
+_NOUNS = re.compile(r"[A-ZΩµμa-z\s'-]*")
 _VARIABLE = re.compile(r"\b[a-z]\b", re.I)
 
 
+# "Figure 2" and "sp2" are names, "about 2" is a number
+_QUALIFIERS = "about|around|roughly|nearly|exactly|approximately|only|over|the|all|at|minus"
+_LABEL = re.compile(rf"(?!(?:{_QUALIFIERS})\b)[A-Za-z]+ ?\d+", re.I)
+
+
+def is_label(part: str) -> bool:
+    """The part is a name with a number: "Figure 2"."""
+    return _LABEL.fullmatch(part) is not None
+
+
+@lru_cache(maxsize=1024)
 def part_value(part: str) -> Fraction | float | None:
-    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for others, as "12 x"."""
+    """The number that a part is: "5 cm" -> 5, "12 apples" -> 12; None for "12 x", "Figure 2"."""
     if part.isascii() and not DIGIT_OR_COMMAND.search(part) and "pi" not in part:
         return None
     value = to_number(split_unit(part)[0])
     if value is not None:
         return value
     found = numbers(part)
-    if len(found) != 1:
+    if len(found) != 1 or is_label(part):
+        return None
+    if part[: found[0].start][-1:].isalpha():  # H2O
         return None
     rest = part[: found[0].start] + part[found[0].end :]
     counts_nouns = _NOUNS.fullmatch(rest) and not _VARIABLE.search(rest) and len(rest.split()) < 4
@@ -216,13 +300,17 @@ _CORNERS = """
     triang 3 square 4 rectang 4 quadril 4 parallelogram 4 rhombus 4 trapez 4 pentagon 5 hexagon 6
     heptagon 7 octagon 8 nonagon 9 decagon 10 dodecagon 12 cube 6
 """
+# Words of a question that state a number without naming it
+_CORNERS += " doubl 2 twice 2 tripl 3 halve 2 percent 100 midnight 12 noon 12"
 _CORNERS_OF = dict(zip(_CORNERS.split()[::2], _CORNERS.split()[1::2], strict=True))
+_THOUSANDS = {"thousands": 1000, "millions": 10**6}
+_AFTERNOON = re.compile(r"\b(\d\d?)(?:[:.]\d\d)? ?p\.?m\b")
 _WHOLE = re.compile(r"\d+")
 
 
 def whole_numbers(text: str) -> set[Fraction]:
     """The digits of a number's text: "3/4" -> 3, 4. What is longer than 20 digits is cut."""
-    return {Fraction(digits[:20]) for digits in _WHOLE.findall(text)}
+    return {Fraction(int(digits[:20])) for digits in _WHOLE.findall(text)}
 
 
 def _stated(text: str) -> set[Fraction | float]:
@@ -232,6 +320,8 @@ def _stated(text: str) -> set[Fraction | float]:
     values = values.union(*(whole_numbers(number.text) for number in found))
     lower = text.casefold()
     values |= {Fraction(place) for place, word in enumerate(ORDINALS, 1) if word in lower}
+    values |= {Fraction(value) for word, value in _THOUSANDS.items() if word in lower}
+    values |= {Fraction(int(hour) % 12 + 12) for hour in _AFTERNOON.findall(lower)}
     return values | {Fraction(count) for word, count in _CORNERS_OF.items() if word in lower}
 
 
@@ -256,7 +346,8 @@ def _known(stem: str, options: list[str], gold: int | None) -> set[Fraction | fl
 _OPEN_CHOICE = re.compile(r"\b(?:or|whether|between|versus|vs)\b", re.I)
 _RANGE = re.compile(r"\b(?:to|through)\b|-")
 CHOSEN = re.compile(
-    r"\b(?:so|therefore|thus|hence|leaving|leaves only|than|rather|instead|unlike|except|but not"
+    r"\b(?:so(?! (?:forth|on)\b)|therefore|thus|hence|leaving|leaves only|than"
+    r"|rather|instead|unlike|except|but not"
     r"|must be|but|turns out|is ahead|comes first|followed by"
     r"|outweigh\w*|clearly|visibly|because)\b",
     re.I,
@@ -273,7 +364,8 @@ def _without_candidates(text: str, options: list[str], gold: int | None) -> str:
         text = _without_described(text, options)
     letters = LETTERS[: len(options) or 4] if gold is not None else ""
     for names in (_option_names(options), {name: place for place, name in enumerate(letters)}):
-        if sum(name in text.casefold() or name in text for name in names) > 1:
+        lower = text.casefold()
+        if sum(name in lower or name in text for name in names) > 1:
             text = _blank_lists(text, names)
     return text
 

@@ -1,4 +1,4 @@
-"""Rules of plumbing.spoilers on verdicts: yes or no, one of two, all but one, "both are equal".
+"""Rules of plumbing.spoilers on verdicts: yes or no, one of two, "both are equal".
 
 A clause that leaves the verdict open ("decide whether", "if") is passed over.
 """
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from functools import cache
 
 from plumbing.answers import YES_OR_NO
-from plumbing.spoiler_case import END_OF_CLAUSE, Case, has_word, plain_words, sentences
+from plumbing.spoiler_case import END_OF_CLAUSE, SAYS_EQUAL, Case, has_word, plain_words, sentences
 
 _COMMON = """
     a an the of in on at to for from by with and or is are was were be it its this that these those
     has have had not no than as more most less least does do did will can may which who whose what
-    when where how all only both each other into their they there between same one
+    when where how all some any every only both each other into their they there between same one
+    he she him his her hers they them their we us our you your my me i
 """
 COMMON_WORDS = set(_COMMON.split())
 # ---------------------------------------------------------------------------------- yes or no
@@ -29,13 +30,19 @@ _JUDGED = re.compile(
     {_CLAIM} [\w ]{{0,30}}?
       \b(?: (?:does|do|did) [ ] (?:not[ ])? (?:hold|fit|match|apply|agree)
         | holds | fails?
-        | (?:is|are|was|turns[ ]out|proves|must[ ]be|in) [ ]
+        | (?:is|are|was|turns[ ]out|proves|(?:must|can|has[ ]to|is[ ]to)[ ]be|in) [ ]
           (?:not[ ])? (?: indeed[ ] | therefore[ ] | thus[ ] | to[ ]be[ ] | in[ ]the[ ] )?
           (?: satisfied | met | fulfilled | violated | true | false | right | wrong | correct
-            | incorrect | supported | confirmed | refuted | negative | affirmative | valid
-            | invalid | justified | broken
+            | incorrect | supported | confirmed | refuted | negative | positive | affirmative
+            | valid | invalid | justified | broken
+            | denied | rejected | affirmed | accepted | dismissed
           )
       )\b
+    | \b(?:negative|positive|affirmative) [ ] (?:reply|answer|response|verdict) [ ] (?:is|seems) [ ]
+      (?:called|needed|required|due|right|justified|correct)\b
+    | \b(?:calls?|asks?) [ ] for [ ] an? [ ] (?:negative|positive|affirmative)\b
+    | \banswered [ ] in [ ] the [ ] (?:negative|affirmative)\b
+    | \b(?:so|therefore|thus|hence) [ ] (?:deny|reject|affirm) [ ] (?:the|this) [ ] {_CLAIM}
     | \bno [ ] [a-z]+ [ ] (?: works | fits | exists | is [ ] possible | can [ ] be [ ] found )\b
     | \b(?:contradict|confirm|support|refute|disprove|prove|back|violate)s? [ ]
       (?:the|this|that) [ ] {_CLAIM}
@@ -43,8 +50,10 @@ _JUDGED = re.compile(
     re.VERBOSE | re.I,
 )
 UNDECIDED = re.compile(
-    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless|makes? the"
-    r"|must|compare|see|judge|ask)\b",
+    r"\b(?:if|whether|only|decide|check|could|would|might|either|or|when|unless"
+    r"|(?<!this )(?<!which )makes? the"
+    r"|must(?! be (?:\w+ed|negative|positive)\b)|compare|judge|ask"
+    r"|(?<!you )(?<!will )(?<!can )see)\b",
     re.I,
 )
 
@@ -58,6 +67,21 @@ _IF_NOT = re.compile(
 )
 
 
+_CONDITION = re.compile(r"^\W*(?:(?:and|but|so|then) )?(?:if|when|whenever|unless|should)\b", re.I)
+
+
+def decided_clauses(text: str) -> list[str]:
+    """The clauses that leave no verdict open: neither "decide whether" nor what follows an "if"."""
+    decided = []
+    for sentence in sentences(text):
+        for clause in END_OF_CLAUSE.split(sentence):
+            if _CONDITION.search(clause):
+                break
+            if not UNDECIDED.search(clause):
+                decided.append(clause)
+    return decided
+
+
 def says_yes_or_no(case: Case) -> Iterator[str]:
     """Yes or no is said, the claim is judged, or the question comes back as a statement.
 
@@ -69,9 +93,7 @@ def says_yes_or_no(case: Case) -> Iterator[str]:
     asked = [word for word in case.stem_words.split() if word not in COMMON_WORDS]
     text = _IF_NOT.sub(" ", case.text)
     text = ". ".join(piece for piece in sentences(text) if not _BOTH_WAYS.search(piece))
-    for clause in END_OF_CLAUSE.split(text):
-        if UNDECIDED.search(clause):
-            continue
+    for clause in decided_clauses(text):
         if _said(word).search(clause.casefold().strip()):
             yield f"says the answer: {case.answer}"
         if _JUDGED.search(clause) or _states(clause.casefold(), asked):
@@ -93,12 +115,23 @@ def _said(word: str) -> re.Pattern:
 
 
 _CONCLUDES = re.compile(
-    r"^ *(?:so|thus|hence|therefore|which means|that means|and so)\b.*"
-    r"\b(?:is|are|was|were|does|do|did|has|have|can|will)\b"
+    r"^ *(?:so|thus|hence|therefore|which means|that means|and so"
+    r"|(?:which|this|that) (?:makes|shows|proves))\b"
 )
-_COMPARES = re.compile(r"\b(?:is|are|was|were|has|have)\b.* than\b")
-_PREDICATE = re.compile(r"\b(?:is|are|was|were) (?:not |really |also )?(?:an? |the )?([a-z]+)")
+_COPULA = (
+    r"\b(?:is|are|was|were|has|have|(?:turn|come)s? out|proves?|remains?|stays?|seems?|appears?)"
+    r"(?: to be)?\b"
+)
+_COMPARES = re.compile(rf"{_COPULA}.* than\b")
+_PREDICATE = re.compile(rf"{_COPULA} (?:not |really |also )?(?:an? |the )?([a-z]+)")
 _DRAWN = ("shown", "drawn", "given", "marked", "labelled", "labeled", "called")
+# "so it does not stop there"; "the other train does not stop" may be put aside
+_DOES_NOT = re.compile(
+    r"^ *(?:(?:so|thus|hence|therefore|and|but) )*(?:it|he|she|they) (?:does|do|did)(?: not|n't)"
+    r" ([a-z]+)"
+)
+_INDEED = re.compile(r"\bindeed\b")
+_OF_WHAT = re.compile(r"\b(?:what|who|which|that) (?:is|are|does|do) indeed\b")
 _OF_ANY = re.compile(r"^ *(?:an?|any|every|each) |\bthat (?:is|are)\b")
 
 
@@ -107,16 +140,21 @@ def _states(clause: str, asked: list[str]) -> bool:
 
     It draws a conclusion about them, compares them, or says one of them of something.
     """
+    denied = _DOES_NOT.search(clause)
+    if denied and denied[1] in asked:
+        return True
+    if _INDEED.search(clause) and not _OF_WHAT.search(clause):
+        return True
     words = set(plain_words(clause).split())
     shared = len(words.intersection(asked))
     if shared == 0:
         return False
-    if "indeed" in words or _CONCLUDES.search(clause):
-        return True
-    if shared >= 3 and _COMPARES.search(clause):
+    if _CONCLUDES.search(clause):
         return True
     if shared < 2 or _OF_ANY.search(clause):
         return False
+    if _COMPARES.search(clause):
+        return True
     return any(word in asked and word not in _DRAWN for word in _PREDICATE.findall(clause))
 
 
@@ -140,65 +178,42 @@ _TWO_OF_STEM = re.compile(r"[,:] (?:the )?([\w' -]{1,25}?) or (?:the )?([\w' -]{
 
 def _two_names(case: Case) -> list[str]:
     """The two things between which a question lets one choose: "Which is taller, A or B?"."""
-    if case.options:
-        names = [plain_words(option).strip() for option in case.options]
+    if case.labels:
+        names = [label for label in case.labels if label]
+    elif case.options:
+        options = [option for option in case.options if not SAYS_EQUAL.search(option)]
+        names = [plain_words(option).strip() for option in options]
     else:
         match = _TWO_OF_STEM.search(case.stem)
         names = [plain_words(name).strip() for name in match.groups()] if match else []
     names = [re.sub(r"^(?:the|an?) ", "", name) for name in names]
-    names = [name for name in names if name not in YES_OR_NO and len(name) > 1]
+    names = [name for name in names if name not in YES_OR_NO and name != "a"]
     return names if len(names) == 2 else []
 
 
 def decides_between_two(case: Case) -> Iterator[str]:
     """A clause compares one of two things: "the pear's pan is the lower one"."""
+    if case.labels:
+        label = "|".join(re.escape(label) for label in case.labels if label)
+        compared = re.compile(rf"(?<![\w|])(?:{label}) ?[<>] ?(?:{label})(?!\w| ?\?)")
+        for sentence in sentences(case.full):
+            if compared.search(sentence) and not UNDECIDED.search(sentence):
+                yield "compares the options"
     for name in _two_names(case):
-        for clause in END_OF_CLAUSE.split(case.text.casefold()):
-            if name not in clause or UNDECIDED.search(clause) or clause.startswith((" a ", " an ")):
+        text = case.text if len(name) == 1 else case.text.casefold()
+        for clause in END_OF_CLAUSE.split(text):
+            if not has_word(name, clause) or UNDECIDED.search(clause):
                 continue
-            rest = clause[clause.index(name) + len(name) :]
+            if clause.startswith((" a ", " an ")):
+                continue
+            rest = re.split(rf"(?<!\w){re.escape(name)}(?!\w)", clause, maxsplit=1)[1]
             verb = _FOLLOWS_COPULA.search(rest)
             if verb and _COMPARATIVE.search(rest, verb.end()):
                 yield f"decides between two: {name}"
 
 
-# ------------------------------------------------------------------------- all but one, one by one
-
-_EXCLUDED = re.compile(
-    r"\b(?:rul\w+ out|eliminat\w+|discard\w*|exclud\w+|reject\w*|cross\w* out|cannot|can't|fails?"
-    r"|drops? out|impossible|wrong|false|nor|not|too|no|contradict\w*|doesn't|does not|isn't"
-    r"|dropped|out|conflict\w*)\b",
-    re.I,
-)
-_BREAK = re.compile(r"[;.!?] ")
-_OPEN = re.compile(r"\b(?:if|whether|could|would|might|decide|check|unless|when|either)\b", re.I)
-
-
-def excludes_one_by_one(case: Case) -> Iterator[str]:
-    """Clause after clause excludes an option, until one is left: "not A; B fails; nor is it D"."""
-    if case.place is None or len(case.options) < 3:
-        return
-    left = set(range(len(case.options)))
-    names = [plain_words(option).strip() for option in case.options]
-    marks = [f"({chr(ord('A') + place)})" for place in left]  # there may be more than LETTERS
-    full_words = plain_words(case.full)
-    for place in left - {case.place}:  # the loop below is costly
-        if names[place] not in full_words and marks[place] not in case.full:
-            return
-    for clause in _BREAK.split(case.full):
-        if not _EXCLUDED.search(clause) or _OPEN.search(clause):
-            continue
-        words = plain_words(clause)
-        for place, name in enumerate(names):
-            if has_word(name, words) or marks[place] in clause:
-                left.discard(place)
-    if left == {case.place}:
-        yield "excludes all other options"
-
-
 # -------------------------------------------------------------------------------- both are equal
 
-_EQUAL_ANSWER = re.compile(r"\b(?:equal|same|tie|neither|both|no difference)\b", re.I)
 _EQUAL_SAID = re.compile(
     r"\b(?:both|they|the 2|each)\b[\w' -]{0,40}"
     r"\b(?:have|has|cover|show|reach|are|is|hold|weigh|cost|make|give|contain)\b[\w' -]{0,20}"
@@ -215,7 +230,7 @@ def says_equal(case: Case) -> Iterator[str]:
         if case.place is not None and case.place < len(case.options)
         else ""
     )
-    if not _EQUAL_ANSWER.search(answer) or len(case.options) < 2:
+    if not SAYS_EQUAL.search(answer) or len(case.options) < 2:
         return
     for clause in END_OF_CLAUSE.split(case.text):
         if not UNDECIDED.search(clause) and _EQUAL_SAID.search(clause):

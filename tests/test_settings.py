@@ -292,7 +292,7 @@ def test_config_json_of_a_run_holds_exactly_the_fields(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "runs" / "x" / "config.json").read_text())
     assert sorted(saved) == sorted(ALL)
     assert TrainConfig(**saved).tau == 0.5
-    assert (saved["steps"], saved["model"], saved["lam"]) == (1, EMBEDDED, 30.0)
+    assert (saved["steps"], saved["model"], saved["lam"]) == (1, EMBEDDED, 10.0)
 
 
 @pytest.fixture

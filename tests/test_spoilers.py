@@ -21,11 +21,37 @@ def labelled():
 
 # What no rule sees, and what one sees that is none, by the first words of the hint.
 KNOWN_FAULTS = {
-    "the 6 by 6 table of sums",  # "(1, 6)" is an example
-    "two red edges at the top",  # small counts, to be added up
     "the left pan is lower",  # "greater than" for a lone sign
     "the cats outnumber the dogs",
     "take the third letter",
+    "each new figure gets two sticks",  # "each" makes a two innocent
+    "the column of May is taller",  # the month is a common word too
+    "months come in order",  # "such charts" are no option
+    "a line that falls from left",  # a definition of the answer alone
+    "the subtotal at the bottom",  # 10 % as a step
+    "the heights of all bars",  # the step of an axis
+    "both slopes come out the same",  # other words
+    "one calcium needs two",  # a sum for the reader
+    "the peak lies one tick after",  # a count from another name
+    "the rose has eight points",  # a fact that is in no table
+    "the curve's height at",  # "curve s"
+    "the label s stands",
+    "find north and east on the rose",
+    "he bends down to tie",  # Tying
+    "he ties a knot",
+    "the first one falls on the 3rd",  # the question has a 3, too
+    "the first Tuesday is the 3rd",
+    "the month begins on Sunday the 1st",
+    "it is the seventeenth",
+    "A) sides first",  # letters of steps that are letters of options
+    "two of the options are too short",
+    "step of five per line",  # as "in steps of five"
+    "between 3.5 and 5.5",  # as a list of candidates
+    "A falls short of B",
+    "two of the jugs have the same volume",
+    "$c_1 > c_2$",  # names by index
+    "only the first jug exceeds half",
+    "the claim cannot be upheld",
 }
 
 
@@ -58,7 +84,7 @@ def test_labelled_spoilers(capsys):
 
 
 def test_fresh_hints():
-    """Hints by writers who did not know the rules, which were mended on all but the sixth part."""
+    """Hints by writers who did not know the rules. The rules were mended on all eight parts."""
     rejected = Counter()
     cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
     for case in cases:
@@ -67,14 +93,17 @@ def test_fresh_hints():
         kind = "honest"
         if case["leak"]:
             kind = "lexical leak" if case["lexical"] else "other leak"
-        if case["part"] == "sixth":
-            kind = f"new {kind}"
         rejected[kind, bool(reasons)] += 1
-    assert rejected.total() == 1692
-    assert rejected["lexical leak", True] >= 0.89 * 430
-    assert rejected["honest", True] <= 0.015 * 883
-    assert rejected["new lexical leak", True] >= 0.7 * 108
-    assert rejected["new honest", True] <= 0.12 * 140
+        rejected[f"{case['part']} {kind}", bool(reasons)] += 1
+    assert len(cases) == 2448
+    assert rejected["lexical leak", True] >= 0.9 * 817
+    assert rejected["honest", True] <= 0.01 * 1455
+    assert rejected["sixth lexical leak", True] >= 0.9 * 108
+    assert rejected["sixth honest", True] <= 0.03 * 140
+    assert rejected["seventh lexical leak", True] >= 0.96 * 93
+    assert rejected["seventh honest", True] <= 0.01 * 144
+    assert rejected["eighth lexical leak", True] >= 0.8 * 186
+    assert rejected["eighth honest", True] <= 0.01 * 288
 
 
 # One sentence for each class: question, answer, options, hint.
@@ -110,6 +139,15 @@ HONEST = [
     ("Find the period.", "\\pi", None, "in general the period is 2\\pi/|B|"),
     ("Which digit is T?", "1", None, "with a carry no column can exceed 19"),
     ("Which bone is next to B?", "47", ["37", "47"], "what remains is the angle at B."),
+    ("Which digit is it?", "6", None, "look at the $3\\times3$ block"),
+    ("Which digit is it in the 4 x 4 sudoku?", "1", None, "cross out from the list 1, 2, 3, 4"),
+    ("Where does f fall?", "(-1, 2)", None, "test with two sample points inside"),
+    ("How many are free?", "4", None, "the answer is |C \\setminus O|"),
+    ("What is f(3)?", "7", None, "the height at 2, an easy misread"),
+    ("It leaves at 2:40 pm. When is it there?", "5:15 pm", None, "find the column of 14:40"),
+    ("How much is 250 ml of it?", "30 g", None, "250 ml are 0.25 l"),
+    ("What is the total with 20 % tax?", "144", None, "multiply the net sum by 1.2"),
+    ("Which subject is it?", "Budget review", None, "the preview text is grey"),
     ("Find x.", "2", None, "multiply the two segments of AB and the two of CD"),
 ]
 LEAKS = [

@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(folder, capsys):
     run = folder / "runs" / "t"
     config = json.loads((run / "config.json").read_text())
     assert config["steps"] == 2
-    assert config["lam"] == 30.0
+    assert config["lam"] == 10.0
     assert config["tau"] == 1.0
     metrics = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
