@@ -38,7 +38,7 @@ def table(rows: list[dict], steps: int) -> str:
         teachers_table(teachers, held_out),
         gradients_table(held_out),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part.count("\n") != 1)  # no head without lines
 
 
 def arms_table(title: str, arms: list[str], held_out: list[dict]) -> str:
