@@ -21,8 +21,8 @@ _NOUN_BEHIND = re.compile(
     rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
 )
 DEFINITE_BEFORE = re.compile(
-    r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
-    r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
+    r"(?:\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
+    r"|los|las|les|die|der|den|le|gli|os|as)|\b[a-z]{3,}'s)(?: [a-z-]+)? $",
     re.I,
 )
 _PARTITIVE = re.compile(
@@ -68,7 +68,23 @@ _TABLE_BEHIND = re.compile(rf" {_TABLE}")
 _COUNTED_ALOUD = re.compile(
     r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|belong|are (?:on|in|at|left|shaded))\b"
 )
-_MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
+# The unit only says what they are: "between 2 year marks"
+_MARKS_BEHIND = re.compile(
+    r" (?:inch|cm|centimet\w+|degree|hour|minute|year|month|week|day|unit|percent)s?"
+    r" (?:marks|lines|ticks|labels|columns|bars|rows|entries|hands|names|headings)\b"
+)
+# "walls shared by 2 squares count once", "belongs to one hull or to 2", "agree in 2"
+_SHARED_BEFORE = re.compile(
+    r"\b(?:(?:shared|touched|bounded|crossed|hit|covered) (?:by|between|among)|common to"
+    r"|(?:belongs?|adjacent|next) to|where|an overlap of) $",
+    re.I,
+)
+_ONE_OR_BEFORE = re.compile(r"\b(?:one|1|a single)\b[\w -]{0,25}\b(?:or|nor|not)(?: [a-z]+)? $", re.I)
+_OF_OPTIONS = re.compile(
+    r"\b(?:options?|choices|answers|candidates|distractors)\b[^;.]*\b(?:in|only|at least) $", re.I
+)
+# ", 2 of which overlap"; not "2 of which are dimes"
+_OF_WHICH = re.compile(r" of (?:which|whom)\b(?! (?:is|are|was|were|has|have|had|shows?)\b)")
 _TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
 _BOUND = re.compile(r" at (?:most|least) $")  # "a cubic has at most three roots"
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
@@ -81,9 +97,19 @@ def is_small_count(place: Place) -> bool:
         return True
     if place.value == 2 and _TWO_TIMES.match(place.after) and _THE_BEFORE.search(place.before):
         return not place.is_gold or place.after.startswith(" times")
+    if place.value == 2 and not place.is_gold and _says_nothing_of_count(place):
+        return True
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
+
+
+def _says_nothing_of_count(place: Place) -> bool:
+    """ "shared by two squares", "to one hull or to two", "two of which overlap"."""
+    before = place.clause_before
+    if any(form.search(before) for form in (_SHARED_BEFORE, _ONE_OR_BEFORE, _OF_OPTIONS)):
+        return True
+    return _OF_WHICH.match(place.after) is not None
 
 
 def _is_count_of_gold(place: Place) -> bool:

@@ -397,7 +397,34 @@ def _is_of_full_range(place: Place) -> bool:
     return False
 
 
+_RUNS = re.compile(r"[=∈{(] ?-?[01](?: ?, ?\d)* ?, ?(?:\\[lc]?dots|\.\.\.)")
+
+
+def _is_of_index(place: Place) -> bool:
+    """ "k = 1, 2, \\dots": the first values of an index that runs."""
+    if place.value not in range(5):
+        return False
+    text = place.before[-20:] + place.number.text + place.after
+    start = len(place.before[-20:])
+    return any(run.start() < start < run.end() for run in _RUNS.finditer(text))
+
+
+_SCALE_BEFORE = re.compile(r"(?:\b(?:in|per|by|of|as|from|to|into)|\()(?: the| whole| full)? ?$", re.I)
+
+
+def _is_scale_word(place: Place) -> bool:
+    """ "revenue in million euros", "(thousand units)"."""
+    if place.is_gold or place.value not in _SCALE_VALUES:
+        return False
+    return _SCALE_BEFORE.search(place.before) is not None
+
+
+_SCALE_VALUES = {Fraction(100), *_THOUSANDS}
+
+
 _RELIEFS = (
+    _is_of_index,
+    _is_scale_word,
     _is_of_full_range,
     _is_name,
     _is_in_formula,

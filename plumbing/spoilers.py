@@ -64,7 +64,9 @@ _ANSWER_WORDS = ("answer", "solution", "option", "choice")
 _IS_OF_KIND = re.compile(
     r"\banswer(?: is| must be| should be|:) (?:"
     r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible"
-    r"|rounded|to be|not an?)\b|"
+    r"|rounded|to be|not an?|already|asked|measured|expressed|reported|counted|quoted|stated in"
+    r"|given in|in (?:\w+ )?(?:units|thousands?|millions?|percent|cents|degrees|met\w+|\w+s)|due)\b"
+    r"(?! \d)|"
     r"an? (?:whole |single |simple |positive |mixed |short |full |common )?"
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
@@ -102,6 +104,8 @@ def _states_number(case: Case) -> Iterator[str]:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
+        if gold and _is_determiner(number, gold, case):
+            continue
         if not gold and (_combines_known(number, case) or _converts_known(number, case)):
             continue
         place = Place(number, case.text, question, gold is not None, asks_number)
@@ -110,6 +114,19 @@ def _states_number(case: Case) -> Iterator[str]:
         yield (
             f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"
         )
+
+
+_NOUN = re.compile(r" (?!of\b|and\b|or\b|is\b|on\b|at\b|unit|square|step|below|above|down|left)[a-z]{3,}")
+
+
+def _is_determiner(number: Number, gold: Gold, case: Case) -> bool:
+    """ "one option lists the domain", "only one equation each", where the answer has a -1."""
+    if number.values[0] != 1 or not gold.part.startswith("-"):
+        return False
+    before = case.text[max(0, number.start - 8) : number.start]
+    if re.search(r"(?:[-−=]|minus|by) ?$", before):
+        return False
+    return unit_of(number, case.text) is None and _NOUN.match(case.text, number.end) is not None
 
 
 def _is_known(number: Number, case: Case) -> bool:
