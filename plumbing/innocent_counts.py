@@ -79,7 +79,9 @@ _SHARED_BEFORE = re.compile(
     r"|(?:belongs?|adjacent|next) to|where|an overlap of) $",
     re.I,
 )
-_ONE_OR_BEFORE = re.compile(r"\b(?:one|1|a single)\b[\w -]{0,25}\b(?:or|nor|not)(?: [a-z]+)? $", re.I)
+_ONE_OR_BEFORE = re.compile(
+    r"\b(?:one|1|a single)\b[\w -]{0,25}\b(?:or|nor|not)(?: [a-z]+)? $", re.I
+)
 _OF_OPTIONS = re.compile(
     r"\b(?:options?|choices|answers|candidates|distractors)\b[^;.]*\b(?:in|only|at least) $", re.I
 )
@@ -87,6 +89,7 @@ _OF_OPTIONS = re.compile(
 _OF_WHICH = re.compile(r" of (?:which|whom)\b(?! (?:is|are|was|were|has|have|had|shows?)\b)")
 _TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
 _BOUND = re.compile(r" at (?:most|least) $")  # "a cubic has at most three roots"
+_OF_THIS = re.compile(r"\b(?:the|this|these|here|it|they|you|there)\b", re.I)
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
 _OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
@@ -104,10 +107,16 @@ def is_small_count(place: Place) -> bool:
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
 
 
+# "there are 2 blocks, one for weekdays and one for weekends"
+_ONE_BY_ONE = re.compile(r" [a-z][\w -]{2,30}[,:;] one\b[^.;]*\b(?:one|(?:the|an)other)\b", re.I)
+
+
 def _says_nothing_of_count(place: Place) -> bool:
     """ "shared by two squares", "to one hull or to two", "two of which overlap"."""
     before = place.clause_before
     if any(form.search(before) for form in (_SHARED_BEFORE, _ONE_OR_BEFORE, _OF_OPTIONS)):
+        return True
+    if _ONE_BY_ONE.match(place.after) and not _is_addend(place):
         return True
     return _OF_WHICH.match(place.after) is not None
 
@@ -120,7 +129,9 @@ def _is_count_of_gold(place: Place) -> bool:
         return True
     if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
         return True
-    if _BOUND.search(before) and _GENERAL_BEFORE.search(before):
+    if _BOUND.search(before) and (
+        _GENERAL_BEFORE.search(before) or (noun and not _OF_THIS.search(before))
+    ):
         return True
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False

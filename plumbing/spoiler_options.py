@@ -87,7 +87,12 @@ _SETS_APART = re.compile(
 )
 
 
-_COUNTED = re.compile(r"\b\d+(?= (?:[a-z]+ )?(?!is\b|has\b|was\b|fits\b)[a-z]{2,}s\b)")
+# "2 labels stand close"; not "label 2 stands", "2 shows a hole", "2 points to the dots"
+COUNTED = re.compile(
+    r"(?<!label )(?<!number )(?<!only )\b(?!1 )\d+"
+    r"(?= (?!shows\b)(?:[a-z]+ )?(?!is\b|has\b|was\b|does\b|fits\b)[a-z]{2,}(?<![us])s\b"
+    r"(?! (?:to|the|an?|at|its|on|in|it|all|both|every|best|here)\b))"
+)
 
 
 def singles_out(case: Case) -> Iterator[str]:
@@ -106,7 +111,7 @@ def singles_out(case: Case) -> Iterator[str]:
         return
     for sentence in case.sentences:
         if gold.isdigit():
-            sentence = _COUNTED.sub(" ", sentence)  # "2 labels stand close" counts labels
+            sentence = COUNTED.sub(" ", sentence)  # "2 labels stand close" counts labels
         if not has_word(gold, sentence) or any(
             label and has_word(label, sentence) for label in labels
         ):
@@ -156,8 +161,9 @@ _NEIGHBOUR = re.compile(
 # "the weekday column stands first"
 _PART_STANDS = re.compile(
     r"\b(?:columns?|rows?|lines?|axis|legend|bars?|curves?|panels?|units?|steps?|terms?|headings?"
-    r"|labels?|cells?|factors?|prices?|totals?|operations?|numbers?|powers?|coordinates?)\b[\w ]*"
-    rf"\b(?:listed|comes|stands|printed) {_ORDINAL}$",
+    r"|labels?|cells?|factors?|prices?|totals?|operations?|numbers?|powers?|coordinates?)"
+    r"(?: (?!belongs|that|which)\w+){0,3} "
+    rf"(?:listed|comes|stands|printed) {_ORDINAL}$",
     re.I,
 )
 
@@ -178,7 +184,9 @@ def names_place(case: Case) -> Iterator[str]:
             continue
         matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
         if not case.labels and case.answer:
-            matches = [match for match in matches if not _PART_STANDS.search(sentence[: match.end()])]
+            matches = [
+                match for match in matches if not _PART_STANDS.search(sentence[: match.end()])
+            ]
         things = _PLACED_THING.finditer(sentence)
         matches += [match for match in things if match["noun"].casefold() in asked]
         matches += [match for match in _VERDICT_ON.finditer(sentence) if _is_option(match, case)]

@@ -111,7 +111,8 @@ def _is_general(word: str, sentence: str) -> bool:
     lower = sentence.casefold()
     if re.match(rf"\W*(?:(?:and|but|while) )?{re.escape(word)}s (?!here\b)[a-z]+(?<!ed)\b", lower):
         return not re.match(rf"\W*\w*\W*{re.escape(word)}s (?:is|are|was|were)\b", lower)
-    return not holds_form(word, plain_words(re.sub(rf"\b[a-z]+-{re.escape(word)}\b", " ", lower)))
+    compound = rf"\b(?:[a-z]+-{re.escape(word)}|{re.escape(word)}-[a-z]{{4,}})\b"
+    return not holds_form(word, plain_words(re.sub(compound, " ", lower)))
 
 
 def _lists(sentence: str, others: str) -> bool:
@@ -196,7 +197,8 @@ def _spells_text(words: str, text: str) -> bool:
     if compass and re.search(
         rf"\b{compass[1]}[ -]?{compass[2]}(?:er|ward)"
         # not "a north-south part and an east-west part", "north or south, and east or west"
-        rf"|(?<![-/])(?<!or )\b{compass[1]}\b(?![-/]| or\b| vs\b)[^.;]{{1,25}}\band\b[\w ]{{1,20}}"
+        rf"|(?<![-/])(?<!or )\b{compass[1]}\b(?![-/]| or\b| vs\b)"
+        r"(?:(?!\bnot\b|\bneed)[^.;]){1,25}\band\b[\w ]{1,20}"
         rf"(?<!or ){compass[2]}\b(?![-/]| or\b)",
         text,
     ):

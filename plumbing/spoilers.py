@@ -31,7 +31,7 @@ from plumbing.spoiler_forms import (
     says_time,
     says_trend,
 )
-from plumbing.spoiler_options import names_option, names_place, singles_out
+from plumbing.spoiler_options import COUNTED, names_option, names_place, singles_out
 from plumbing.spoiler_words import holds_words, says_beginning, word_of_answer
 from plumbing.verdicts import decides_between_two, says_equal, says_yes_or_no
 
@@ -104,7 +104,7 @@ def _states_number(case: Case) -> Iterator[str]:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
-        if gold and _is_determiner(number, gold, case):
+        if gold and (_is_determiner(number, gold, case) or _counts_things(number, case)):
             continue
         if not gold and (_combines_known(number, case) or _converts_known(number, case)):
             continue
@@ -116,7 +116,9 @@ def _states_number(case: Case) -> Iterator[str]:
         )
 
 
-_NOUN = re.compile(r" (?!of\b|and\b|or\b|is\b|on\b|at\b|unit|square|step|below|above|down|left)[a-z]{3,}")
+_NOUN = re.compile(
+    r" (?!of\b|and\b|or\b|is\b|on\b|at\b|unit|square|step|below|above|down|left)[a-z]{3,}"
+)
 
 
 def _is_determiner(number: Number, gold: Gold, case: Case) -> bool:
@@ -127,6 +129,22 @@ def _is_determiner(number: Number, gold: Gold, case: Case) -> bool:
     if re.search(r"(?:[-−=]|minus|by) ?$", before):
         return False
     return unit_of(number, case.text) is None and _NOUN.match(case.text, number.end) is not None
+
+
+_ASKS_LABEL = re.compile(
+    r"\b(?:which|what) (?:labell?ed |numbered )?(?:label|structure|arrow|number|part|organ|region"
+    r"|layer|stage|position|bone|figure|picture|panel|diagram|graph)\b(?! of\b)",
+    re.I,
+)
+
+
+def _counts_things(number: Number, case: Case) -> bool:
+    """ "three kinds of dots", where the answer is the label 3."""
+    if not case.answer.isdecimal() or not _ASKS_LABEL.search(case.stem):
+        return False
+    if number.text != case.answer:
+        return False
+    return any(match.start() == number.start for match in COUNTED.finditer(case.text))
 
 
 def _is_known(number: Number, case: Case) -> bool:
