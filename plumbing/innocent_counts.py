@@ -31,7 +31,7 @@ _PARTITIVE = re.compile(
     r"|or more\b)"
 )
 _PART_OF = re.compile(
-    r" of (?:the|these|those|its|their) (?!options|choices|candidates|statements)"
+    r" of (?:them\b|(?:the|these|those|its|their) )(?!options|choices|candidates|statements)"
 )
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
@@ -89,6 +89,7 @@ _OF_OPTIONS = re.compile(
 _OF_WHICH = re.compile(r" of (?:which|whom)\b(?! (?:is|are|was|were|has|have|had|shows?)\b)")
 _TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
 _BOUND = re.compile(r" at (?:most|least) $")  # "a cubic has at most three roots"
+_ONE_OF_BEFORE = re.compile(r"\b(?:one|1|either|each|which|neither|other) of the $", re.I)
 _OF_THIS = re.compile(r"\b(?:the|this|these|here|it|they|you|there)\b", re.I)
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
 _OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
@@ -126,6 +127,8 @@ def _is_count_of_gold(place: Place) -> bool:
     noun = _NOUN_BEHIND.match(place.after)
     before = place.clause_before
     if _is_grid(place) or _is_anaphoric(place):
+        return True
+    if place.value == 2 and _ONE_OF_BEFORE.search(before) and _NO_MORE.match(place.after):
         return True
     if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
         return True

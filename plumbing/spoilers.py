@@ -19,7 +19,7 @@ from plumbing.innocent_counts import DEFINITE_BEFORE
 from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
 from plumbing.number_words import Number, numbers
-from plumbing.spoiler_case import Case, Gold, is_new, part_value, read_case, whole_numbers
+from plumbing.spoiler_case import Case, Gold, is_label, is_new, part_value, read_case, whole_numbers
 from plumbing.spoiler_exclusion import excludes_others
 from plumbing.spoiler_forms import (
     says_line,
@@ -99,7 +99,7 @@ def _names_answer(case: Case) -> Iterator[str]:
 def _states_number(case: Case) -> Iterator[str]:
     """The hint states a number that the question does not: read off, computed, or the answer."""
     question = " ".join((case.stem, *case.options))
-    asks_number = any(character.isdigit() for character in case.answer)
+    asks_number = any(map(str.isdigit, case.answer)) and not is_label(case.answer)
     for number in case.numbers:
         if _is_known(number, case):
             continue

@@ -48,13 +48,14 @@ KNOWN_FAULTS = {
     "step of five per line",  # as "in steps of five"
     "between 3.5 and 5.5",  # as a list of candidates
     "A falls short of B",
-    "two of the jugs have the same volume",
     "$c_1 > c_2$",  # names by index
     "only the first jug exceeds half",
     "the claim cannot be upheld",
     "all sectors add up to 100 %",  # "a quarter" of the full angle, where 25 % is sought
     "the line crosses one unit below",  # "one" is read as a pronoun
     "it meets the axis at minus one",
+    "work from the inside",  # as an inventory
+    "the axis is in hundred thousands",
 }
 
 
