@@ -21,8 +21,8 @@ _NOUN_BEHIND = re.compile(
     rf"(?!(?:{'|'.join(_NO_NOUN.split())})\b)({_PLURAL})\b|([一-龥])"
 )
 DEFINITE_BEFORE = re.compile(
-    r"\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
-    r"|los|las|les|die|der|den|le|gli|os|as)(?: [a-z-]+)? $",
+    r"(?:\b(?:the|these|those|both|all|its|their|your|any|other|each|first|last|next|same|remaining"
+    r"|los|las|les|die|der|den|le|gli|os|as)|\b[a-z]{3,}'s)(?: [a-z-]+)? $",
     re.I,
 )
 _PARTITIVE = re.compile(
@@ -31,7 +31,7 @@ _PARTITIVE = re.compile(
     r"|or more\b)"
 )
 _PART_OF = re.compile(
-    r" of (?:the|these|those|its|their) (?!options|choices|candidates|statements)"
+    r" of (?:them\b|(?:the|these|those|its|their) )(?!options|choices|candidates|statements)"
 )
 _THE_BEFORE = re.compile(r"\b(?:the|these|those|all|other)(?: [a-z]+)? $", re.I)
 _GENERAL_BEFORE = re.compile(
@@ -68,9 +68,29 @@ _TABLE_BEHIND = re.compile(rf" {_TABLE}")
 _COUNTED_ALOUD = re.compile(
     r"[ -](?:[\w-]+ ){0,2}?[a-z]+s (?:stand|sit|lie|hang|belong|are (?:on|in|at|left|shaded))\b"
 )
-_MARKS_BEHIND = re.compile(r" (?:inch|cm|centimet\w+|degree|hour|minute) (?:marks|lines|ticks)\b")
+# The unit only says what they are: "between 2 year marks"
+_MARKS_BEHIND = re.compile(
+    r" (?:inch|cm|centimet\w+|degree|hour|minute|year|month|week|day|unit|percent)s?"
+    r" (?:marks|lines|ticks|labels|columns|bars|rows|entries|hands|names|headings)\b"
+)
+# "walls shared by 2 squares count once", "belongs to one hull or to 2", "agree in 2"
+_SHARED_BEFORE = re.compile(
+    r"\b(?:(?:shared|touched|bounded|crossed|hit|covered) (?:by|between|among)|common to"
+    r"|(?:belongs?|adjacent|next) to|where|an overlap of) $",
+    re.I,
+)
+_ONE_OR_BEFORE = re.compile(
+    r"\b(?:one|1|a single)\b[\w -]{0,25}\b(?:or|nor|not)(?: [a-z]+)? $", re.I
+)
+_OF_OPTIONS = re.compile(
+    r"\b(?:options?|choices|answers|candidates|distractors)\b[^;.]*\b(?:in|only|at least) $", re.I
+)
+# ", 2 of which overlap"; not "2 of which are dimes"
+_OF_WHICH = re.compile(r" of (?:which|whom)\b(?! (?:is|are|was|were|has|have|had|shows?)\b)")
 _TWO_TIMES = re.compile(r" (?:years|months|days|times)\b")  # the two years of the question
 _BOUND = re.compile(r" at (?:most|least) $")  # "a cubic has at most three roots"
+_ONE_OF_BEFORE = re.compile(r"\b(?:one|1|either|each|which|neither|other) of the $", re.I)
+_OF_THIS = re.compile(r"\b(?:the|this|these|here|it|they|you|there)\b", re.I)
 _AND_THE = re.compile(r"\band the $")  # "the two segments of AB and the two of CD"
 _OF_TWO = re.compile(r"\b(?:between|(?:quotient|ratio|sum|difference|product) of) $")
 
@@ -81,9 +101,25 @@ def is_small_count(place: Place) -> bool:
         return True
     if place.value == 2 and _TWO_TIMES.match(place.after) and _THE_BEFORE.search(place.before):
         return not place.is_gold or place.after.startswith(" times")
+    if place.value == 2 and not place.is_gold and _says_nothing_of_count(place):
+        return True
     if place.unit or place.value not in range(2, 13):
         return False
     return _is_count_of_gold(place) if place.is_gold else _is_count_of_others(place)
+
+
+# "there are 2 blocks, one for weekdays and one for weekends"
+_ONE_BY_ONE = re.compile(r" [a-z][\w -]{2,30}[,:;] one\b[^.;]*\b(?:one|(?:the|an)other)\b", re.I)
+
+
+def _says_nothing_of_count(place: Place) -> bool:
+    """ "shared by two squares", "to one hull or to two", "two of which overlap"."""
+    before = place.clause_before
+    if any(form.search(before) for form in (_SHARED_BEFORE, _ONE_OR_BEFORE, _OF_OPTIONS)):
+        return True
+    if _ONE_BY_ONE.match(place.after) and not _is_addend(place):
+        return True
+    return _OF_WHICH.match(place.after) is not None
 
 
 def _is_count_of_gold(place: Place) -> bool:
@@ -92,9 +128,13 @@ def _is_count_of_gold(place: Place) -> bool:
     before = place.clause_before
     if _is_grid(place) or _is_anaphoric(place):
         return True
+    if place.value == 2 and _ONE_OF_BEFORE.search(before) and _NO_MORE.match(place.after):
+        return True
     if place.value == 2 and _AND_THE.search(before) and place.after.startswith(" of "):
         return True
-    if _BOUND.search(before) and _GENERAL_BEFORE.search(before):
+    if _BOUND.search(before) and (
+        _GENERAL_BEFORE.search(before) or (noun and not _OF_THIS.search(before))
+    ):
         return True
     if not noun or place.value > 4 or _asks_for(noun[1] or noun[2], place.question):
         return False

@@ -168,6 +168,9 @@ _SENTENCE_FACTS = [
         r"power|place value|\btens\b|decimal|centur|decade|factor of 10|\b10 times|\blog"
         r"|hundreds chart|\b100 (?:chart|board)|Richter|decibel|\bpH\b",
     ),
+    ("50 25 12.5 75 1/2 1/4 1/8", r"\bhalf-?li(?:fe|ves)\b"),
+    ("1 2 3 4", r"\b(?:carbon|nitrogen|oxygen|hydrogen|halogens?) .*\bbonds?\b"),
+    ("4 5", r"\bgroups? of 5\b.*\bstroke\b|\bstroke\b.*\b(?:across|through)\b"),
     ("365 366", r"\bdays\b"),
     ("2", r"\beven\b|\bodd\b|binary|\bEuler"),
     ("5 12 30 60", r"\b(?:each|every|jede|full turn|marks)\b.*(?:\bminute|\bhour|dial|Minuten)"),
@@ -397,7 +400,36 @@ def _is_of_full_range(place: Place) -> bool:
     return False
 
 
+_RUNS = re.compile(r"[=∈{(] ?-?[01](?: ?, ?\d)* ?, ?(?:\\[lc]?dots|\.\.\.)")
+
+
+def _is_of_index(place: Place) -> bool:
+    """ "k = 1, 2, \\dots": the first values of an index that runs."""
+    if place.value not in range(5):
+        return False
+    text = place.before[-20:] + place.number.text + place.after
+    start = len(place.before[-20:])
+    return any(run.start() < start < run.end() for run in _RUNS.finditer(text))
+
+
+_SCALE_BEFORE = re.compile(
+    r"(?:\b(?:in|per|by|of|as|from|to|into|times)|\()(?: the| whole| full)? ?$", re.I
+)
+
+
+def _is_scale_word(place: Place) -> bool:
+    """ "revenue in million euros", "(thousand units)"."""
+    if place.is_gold or place.value not in _SCALE_VALUES:
+        return False
+    return _SCALE_BEFORE.search(place.before) is not None
+
+
+_SCALE_VALUES = {Fraction(100), *_THOUSANDS}
+
+
 _RELIEFS = (
+    _is_of_index,
+    _is_scale_word,
     _is_of_full_range,
     _is_name,
     _is_in_formula,

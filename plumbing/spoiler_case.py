@@ -373,11 +373,15 @@ def _without_candidates(text: str, options: list[str], gold: int | None) -> str:
 def _option_names(options: list[str]) -> dict[str, int]:
     """What options may be called, and their places: their texts, without units, up to a colon."""
     names = {}
+    heads = {option.partition(" ")[0] for option in options}
+    # "5a" of "Class 5a"
+    shared = f"{heads.pop()} " if len(heads) == 1 and len(options) > 2 else ""
     for place, option in enumerate(options):
         if _NO_CANDIDATE.search(option):
             continue
         head, colon, _ = option.partition(": ")
-        for name in (option, split_unit(option)[0], head if colon else option):
+        short = option[len(shared) :]
+        for name in (option, split_unit(option)[0], head if colon else option, short):
             if len(name) > 1 or name.isdigit():
                 names.setdefault(name.casefold(), place)
     return names

@@ -87,6 +87,14 @@ _SETS_APART = re.compile(
 )
 
 
+# "2 labels stand close"; not "label 2 stands", "2 shows a hole", "2 points to the dots"
+COUNTED = re.compile(
+    r"(?<!label )(?<!number )(?<!only )\b(?!1 )\d+"
+    r"(?= (?!shows\b)(?:[a-z]+ )?(?!is\b|has\b|was\b|does\b|fits\b)[a-z]{2,}(?<![us])s\b"
+    r"(?! (?:to|the|an?|at|its|on|in|it|all|both|every|best|here)\b))"
+)
+
+
 def singles_out(case: Case) -> Iterator[str]:
     """Of options that are labels a sentence names one: "in C the star fits, unlike in the others".
 
@@ -102,6 +110,8 @@ def singles_out(case: Case) -> Iterator[str]:
     if gold in (*_WORDS_OF_ONE_LETTER, "a") or (gold in asked and not asked.issuperset(labels)):
         return
     for sentence in case.sentences:
+        if gold.isdigit():
+            sentence = COUNTED.sub(" ", sentence)  # "2 labels stand close" counts labels
         if not has_word(gold, sentence) or any(
             label and has_word(label, sentence) for label in labels
         ):
@@ -148,6 +158,16 @@ _NEIGHBOUR = re.compile(
 )
 
 
+# "the weekday column stands first"
+_PART_STANDS = re.compile(
+    r"\b(?:columns?|rows?|lines?|axis|legend|bars?|curves?|panels?|units?|steps?|terms?|headings?"
+    r"|labels?|cells?|factors?|prices?|totals?|operations?|numbers?|powers?|coordinates?)"
+    r"(?: (?!belongs|that|which)\w+){0,3} "
+    rf"(?:listed|comes|stands|printed) {_ORDINAL}$",
+    re.I,
+)
+
+
 def names_place(case: Case) -> Iterator[str]:
     """ "the second choice", "option 2", "listed last"; "the second word" of "Which word ...?"."""
     if case.place is None:
@@ -163,6 +183,10 @@ def names_place(case: Case) -> Iterator[str]:
         if len(_ANY_ORDINAL.findall(sentence)) > 1:
             continue
         matches = [match for name in _PLACE_NAMES for match in name.finditer(sentence)]
+        if not case.labels and case.answer:
+            matches = [
+                match for match in matches if not _PART_STANDS.search(sentence[: match.end()])
+            ]
         things = _PLACED_THING.finditer(sentence)
         matches += [match for match in things if match["noun"].casefold() in asked]
         matches += [match for match in _VERDICT_ON.finditer(sentence) if _is_option(match, case)]

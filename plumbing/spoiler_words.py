@@ -96,8 +96,23 @@ def word_of_answer(case: Case) -> Iterator[str]:
             continue
         if not holds_form(word, case.words) or holds_form(word, f"{others} {case.stem_words}"):
             continue
-        if not all(_lists(sentence, others) for sentence in _with_form(word, case)):
+        told = [sentence for sentence in _with_form(word, case) if not _is_general(word, sentence)]
+        if not all(_lists(sentence, others) for sentence in told):
             yield f"holds a word of the answer: {word}"
+
+
+def _is_general(word: str, sentence: str) -> bool:
+    """The sentence has the word in another thing's name alone: "the loyalty-card number".
+
+    Or it tells of all things of that kind: "cards leave a terminal number".
+    """
+    if CHOSEN.search(sentence):
+        return False
+    lower = sentence.casefold()
+    if re.match(rf"\W*(?:(?:and|but|while) )?{re.escape(word)}s (?!here\b)[a-z]+(?<!ed)\b", lower):
+        return not re.match(rf"\W*\w*\W*{re.escape(word)}s (?:is|are|was|were)\b", lower)
+    compound = rf"\b(?:[a-z]+-{re.escape(word)}|{re.escape(word)}-[a-z]{{4,}})\b"
+    return not holds_form(word, plain_words(re.sub(compound, " ", lower)))
 
 
 def _lists(sentence: str, others: str) -> bool:
@@ -181,7 +196,10 @@ def _spells_text(words: str, text: str) -> bool:
     compass = _COMPASS.fullmatch(words)
     if compass and re.search(
         rf"\b{compass[1]}[ -]?{compass[2]}(?:er|ward)"
-        rf"|\b{compass[1]}\b[^.;]{{1,25}}\band\b[\w ]{{1,20}}{compass[2]}\b",
+        # not "a north-south part and an east-west part", "north or south, and east or west"
+        rf"|(?<![-/])(?<!or )\b{compass[1]}\b(?![-/]| or\b| vs\b)"
+        r"(?:(?!\bnot\b|\bneed)[^.;]){1,25}\band\b[\w ]{1,20}"
+        rf"(?<!or ){compass[2]}\b(?![-/]| or\b)",
         text,
     ):
         return True

@@ -19,7 +19,7 @@ from plumbing.innocent_counts import DEFINITE_BEFORE
 from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
 from plumbing.number_words import Number, numbers
-from plumbing.spoiler_case import Case, Gold, is_new, part_value, read_case, whole_numbers
+from plumbing.spoiler_case import Case, Gold, is_label, is_new, part_value, read_case, whole_numbers
 from plumbing.spoiler_exclusion import excludes_others
 from plumbing.spoiler_forms import (
     says_line,
@@ -31,7 +31,7 @@ from plumbing.spoiler_forms import (
     says_time,
     says_trend,
 )
-from plumbing.spoiler_options import names_option, names_place, singles_out
+from plumbing.spoiler_options import COUNTED, names_option, names_place, singles_out
 from plumbing.spoiler_words import holds_words, says_beginning, word_of_answer
 from plumbing.verdicts import decides_between_two, says_equal, says_yes_or_no
 
@@ -64,7 +64,9 @@ _ANSWER_WORDS = ("answer", "solution", "option", "choice")
 _IS_OF_KIND = re.compile(
     r"\banswer(?: is| must be| should be|:) (?:"
     r"(?:fine|allowed|acceptable|accepted|expected|wanted|required|enough|impossible|possible"
-    r"|rounded|to be|not an?)\b|"
+    r"|rounded|to be|not an?|already|asked|measured|expressed|reported|counted|quoted|stated in"
+    r"|given in|in (?:\w+ )?(?:units|thousands?|millions?|percent|cents|degrees|met\w+|\w+s)|due)\b"
+    r"(?! \d)|"
     r"an? (?:whole |single |simple |positive |mixed |short |full |common )?"
     r"(?:amount|number|fraction|percentage|length|angle|area|word|name|ratio|price|year|date"
     r"|decimal|quantity|probability|time|measure|difference|sum|product|count|total|colou?r|letter"
@@ -97,11 +99,13 @@ def _names_answer(case: Case) -> Iterator[str]:
 def _states_number(case: Case) -> Iterator[str]:
     """The hint states a number that the question does not: read off, computed, or the answer."""
     question = " ".join((case.stem, *case.options))
-    asks_number = any(character.isdigit() for character in case.answer)
+    asks_number = any(map(str.isdigit, case.answer)) and not is_label(case.answer)
     for number in case.numbers:
         if _is_known(number, case):
             continue
         gold = _gold_of(number, case)
+        if gold and (_is_determiner(number, gold, case) or _counts_things(number, case)):
+            continue
         if not gold and (_combines_known(number, case) or _converts_known(number, case)):
             continue
         place = Place(number, case.text, question, gold is not None, asks_number)
@@ -110,6 +114,37 @@ def _states_number(case: Case) -> Iterator[str]:
         yield (
             f"holds the answer's number: {gold.part}" if gold else f"states a number: {number.text}"
         )
+
+
+_NOUN = re.compile(
+    r" (?!of\b|and\b|or\b|is\b|on\b|at\b|unit|square|step|below|above|down|left)[a-z]{3,}"
+)
+
+
+def _is_determiner(number: Number, gold: Gold, case: Case) -> bool:
+    """ "one option lists the domain", "only one equation each", where the answer has a -1."""
+    if number.values[0] != 1 or not gold.part.startswith("-"):
+        return False
+    before = case.text[max(0, number.start - 8) : number.start]
+    if re.search(r"(?:[-−=]|minus|by) ?$", before):
+        return False
+    return unit_of(number, case.text) is None and _NOUN.match(case.text, number.end) is not None
+
+
+_ASKS_LABEL = re.compile(
+    r"\b(?:which|what) (?:labell?ed |numbered )?(?:label|structure|arrow|number|part|organ|region"
+    r"|layer|stage|position|bone|figure|picture|panel|diagram|graph)\b(?! of\b)",
+    re.I,
+)
+
+
+def _counts_things(number: Number, case: Case) -> bool:
+    """ "three kinds of dots", where the answer is the label 3."""
+    if not case.answer.isdecimal() or not _ASKS_LABEL.search(case.stem):
+        return False
+    if number.text != case.answer:
+        return False
+    return any(match.start() == number.start for match in COUNTED.finditer(case.text))
 
 
 def _is_known(number: Number, case: Case) -> bool:

@@ -48,10 +48,14 @@ KNOWN_FAULTS = {
     "step of five per line",  # as "in steps of five"
     "between 3.5 and 5.5",  # as a list of candidates
     "A falls short of B",
-    "two of the jugs have the same volume",
     "$c_1 > c_2$",  # names by index
     "only the first jug exceeds half",
     "the claim cannot be upheld",
+    "all sectors add up to 100 %",  # "a quarter" of the full angle, where 25 % is sought
+    "the line crosses one unit below",  # "one" is read as a pronoun
+    "it meets the axis at minus one",
+    "work from the inside",  # as an inventory
+    "the axis is in hundred thousands",
 }
 
 
@@ -84,7 +88,7 @@ def test_labelled_spoilers(capsys):
 
 
 def test_fresh_hints():
-    """Hints by writers who did not know the rules. The rules were mended on all eight parts."""
+    """Hints by writers who did not know the rules, which were mended on all parts but the tenth."""
     rejected = Counter()
     cases = read_jsonl(ROOT / "tests" / "spoilers_fresh.jsonl")
     for case in cases:
@@ -95,15 +99,20 @@ def test_fresh_hints():
             kind = "lexical leak" if case["lexical"] else "other leak"
         rejected[kind, bool(reasons)] += 1
         rejected[f"{case['part']} {kind}", bool(reasons)] += 1
-    assert len(cases) == 2448
-    assert rejected["lexical leak", True] >= 0.9 * 817
-    assert rejected["honest", True] <= 0.01 * 1455
+    assert len(cases) == 3456
+    assert rejected["lexical leak", True] >= 0.88 * 1190
+    assert rejected["honest", True] <= 0.01 * 2031
     assert rejected["sixth lexical leak", True] >= 0.9 * 108
     assert rejected["sixth honest", True] <= 0.03 * 140
     assert rejected["seventh lexical leak", True] >= 0.96 * 93
     assert rejected["seventh honest", True] <= 0.01 * 144
     assert rejected["eighth lexical leak", True] >= 0.8 * 186
     assert rejected["eighth honest", True] <= 0.01 * 288
+    assert rejected["ninth lexical leak", True] >= 0.83 * 186
+    assert rejected["ninth honest", True] <= 0.01 * 288
+    # no rule was mended on these
+    assert rejected["tenth lexical leak", True] >= 0.8 * 187
+    assert rejected["tenth honest", True] <= 0.05 * 288
 
 
 # One sentence for each class: question, answer, options, hint.
