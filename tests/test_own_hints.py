@@ -201,7 +201,7 @@ def test_steps_are_asked_for_in_words_and_screened(say):
 
 
 def test_steps_that_never_pass_leave_the_hint_without_them(say):
-    hints, _ = say("It is 7.", "1. one\n2. two\n3. go\n4. see\n5. read")
+    hints, _ = say("It is 7.", "1. look\n2. turn\n3. go\n4. see\n5. read")
     hint, rejected = hints._with_steps(QUESTION, "So \\boxed{7}", LOOK)
     assert hint == LOOK
     assert len(rejected) == 2
