@@ -60,11 +60,14 @@ _VERDICT = (
 
 def _chooses(words: str, case: Case) -> bool:
     """The hint chooses a word that the question offers: "must be odd", "the red one is longer"."""
+    lower = case.text.casefold()
+    if words not in case.words and words not in lower:
+        return False  # a pattern costs more than this look
     name = re.escape(words)
     if re.search(rf"\b(?:must be|has to be) {name}\b", case.words):
         return True
     verdict = re.compile(rf"\b{name}\b(?: \w+){{0,2}} {_VERDICT}\b")
-    for clause in END_OF_CLAUSE.split(case.text.casefold()):
+    for clause in END_OF_CLAUSE.split(lower):
         match = None if UNDECIDED.search(clause) else verdict.search(clause)
         if match and (match["comparison"] or "") in case.stem_words:
             return True

@@ -193,7 +193,7 @@ def _two_names(case: Case) -> list[str]:
 
 def decides_between_two(case: Case) -> Iterator[str]:
     """A clause compares one of two things: "the pear's pan is the lower one"."""
-    if case.labels:
+    if case.labels and ("<" in case.full or ">" in case.full):
         label = "|".join(re.escape(label) for label in case.labels if label)
         compared = re.compile(rf"(?<![\w|])(?:{label}) ?[<>] ?(?:{label})(?!\w| ?\?)")
         for sentence in sentences(case.full):
