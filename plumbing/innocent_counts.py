@@ -246,8 +246,11 @@ def _is_addend(place: Place) -> bool:
     noun = _NOUN_BEHIND.match(place.after)
     if noun is None or _IN_GENERAL.match(place.after):
         return False
-    stem = re.escape((noun[1] or noun[2])[:-1])
-    return re.search(rf"\bhow many (?:[\w-]+ ){{0,2}}?{stem}", place.question, re.I) is not None
+    stem = (noun[1] or noun[2])[:-1]
+    if stem.casefold() not in place.question.casefold():
+        return False  # a pattern costs more than this look
+    asked = rf"\bhow many (?:[\w-]+ ){{0,2}}?{re.escape(stem)}"
+    return re.search(asked, place.question, re.I) is not None
 
 
 def _asks_for(noun: str, question: str) -> bool:

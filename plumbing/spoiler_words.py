@@ -114,6 +114,8 @@ def _is_general(word: str, sentence: str) -> bool:
     lower = sentence.casefold()
     if re.match(rf"\W*(?:(?:and|but|while) )?{re.escape(word)}s (?!here\b)[a-z]+(?<!ed)\b", lower):
         return not re.match(rf"\W*\w*\W*{re.escape(word)}s (?:is|are|was|were)\b", lower)
+    if f"-{word}" not in lower and f"{word}-" not in lower:
+        return False  # the sentence has the word, and not in a compound
     compound = rf"\b(?:[a-z]+-{re.escape(word)}|{re.escape(word)}-[a-z]{{4,}})\b"
     return not holds_form(word, plain_words(re.sub(compound, " ", lower)))
 
