@@ -196,6 +196,12 @@ def grade(hint: Hint | dict | None, question: Question) -> tuple[bool, bool]:
 
 
 # ----------------------------------------------------------------------------------- the measuring
+def make_source(own: OwnResponses, layers: tuple[int, ...], questions: list) -> OwnHints:
+    """Hints in the embedded world's words."""
+    words = {"name_place": own_hints.name_place, "parts": own_hints.hint_parts}
+    return OwnHints(own, layers, questions, **words)
+
+
 class Measured:
     """What is measured of the questions so far. layers: those that were chosen without labels."""
 
@@ -204,9 +210,7 @@ class Measured:
         count = layer_count(own.model)
         # the layers of the old source
         self.middle = list(range(count // 4, (3 * count - 1) // 4 + 1))
-        self.source = OwnHints(
-            own, layers, [], name_place=own_hints.name_place, parts=own_hints.hint_parts
-        )
+        self.source = make_source(own, layers, [])
         self.maps, self.hints = defaultdict(list), defaultdict(list)
 
     def add(self, puzzle: world.Puzzle, question: Question) -> None:
@@ -269,9 +273,7 @@ def write_hints() -> None:
     layers = choose_layers(scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS)))
     # the world's solutions are no model's: without them it must find a right response
     questions = [replace(q, solution=None) for q in world.puzzles("train", FIXED_PUZZLES)]
-    source = OwnHints(
-        own, layers, questions, name_place=own_hints.name_place, parts=own_hints.hint_parts
-    )
+    source = make_source(own, layers, questions)
     rows = [{"id": q.id, "hint": source.record(q)[0]["hint"]} for q in questions]
     OWN_HINTS.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     print(f"{sum(row['hint'] is not None for row in rows)} hints for {len(rows)} puzzles")

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from arms import ARMS, GRIDS, MAIN, TEACHERS, Patches, main_arm
 from claims_figures import draw
-from claims_report import mean_of_last, table
+from claims_report import held_out_rows, mean_of_last, table
 from common import RESULTS, append_row, load_rows, share_of_cores
 from statements import statements_table
 
@@ -334,8 +334,8 @@ def measure_all(
 
 def tables_of(rows: list[dict], steps: int) -> dict[str, str]:
     """Markdown by the name of the place in docs/claims.md."""
-    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
-    return {"statements": statements_table(held_out), "tables": table(rows, steps)}
+    statements = statements_table(held_out_rows(rows, steps))
+    return {"statements": statements, "tables": table(rows, steps)}
 
 
 def write_page(page: Path, tables: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from arms import ARMS
-from claims_report import KINDS, mean_of_last
+from claims_report import KINDS, held_out_rows, mean_of_last
 from common import RESULTS, load_pyplot
 
 STUDY = RESULTS / "study.json"  # of python train.py --study-hints --study-questions 384
@@ -49,7 +49,7 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
     """claims.png: accuracy and entropy over steps. ablations.png: accuracy against K, tau, hint.
     paper-figures.png: the paper's figures 2, 3, 5 and 8."""
     plt = load_pyplot("--figures")
-    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
+    held_out = held_out_rows(rows, steps)
     runs = {arm: [row for row in held_out if row["arm"] == arm] for arm in ARMS}
     figures = {
         "claims.png": draw_curves(plt, runs, steps),

@@ -18,9 +18,14 @@ def mean_of_last(row: dict) -> dict[str, float]:
     return {kind: statistics.mean(percent[kind] for percent in late) for kind in ("all", *KINDS)}
 
 
+def held_out_rows(rows: list[dict], steps: int) -> list[dict]:
+    """The finished runs that the page speaks of."""
+    return [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
+
+
 def table(rows: list[dict], steps: int) -> str:
     """Markdown: the arms, the main arms by family, the teachers, the gradients."""
-    held_out = [row for row in rows if row["split"] == "heldout" and row["steps"] == steps]
+    held_out = held_out_rows(rows, steps)
     if not held_out:
         return "nothing measured on the held-out puzzles yet"
     hours = sum(row["cpu_seconds"] for row in rows) / 3600
