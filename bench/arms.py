@@ -185,12 +185,12 @@ def blind_teacher(patches: Patches, train) -> None:
     def teacher_messages(question, context="hint"):
         return [without_images(turn) for turn in messages(question, context)]
 
-    def encode_prompts(processor, questions, chats):
+    def encode_prompts(processor, questions, chats, images=None):
         shown = list(questions)
         for n, chat in enumerate(chats):
             if not any(shows_image(turn) for turn in chat):
-                shown[n] = replace(questions[n], images=[])
-        return encode(processor, shown, chats)
+                shown[n], images = replace(questions[n], images=[]), None
+        return encode(processor, shown, chats, images)
 
     def hinted_prompt(trainer, prompt, chat):
         # Trainer.hinted_prompt would give it the student's images

@@ -153,6 +153,9 @@ def test_the_release_s_control_is_grpo_with_another_mean_of_the_kl_penalty(step,
 def test_the_blind_teacher_sees_no_image(step):
     with Patches() as patches:
         _, responses = step.gradient("blind teacher", patches)
+        questions = [group[0].question for group in step.groups]
+        read = step.trainer.read(questions, train.teacher_messages)  # as an evaluation reads them
+    assert all(prompt.pixels is None for prompt in read)
     teachers = [r.teacher_prompt for r in responses if r.tutored]
     assert teachers
     assert all(prompt.pixels is None and not prompt.types.any() for prompt in teachers)
