@@ -13,6 +13,7 @@ from fractions import Fraction
 from plumbing.general_statements import is_general
 from plumbing.innocent_counts import is_small_count
 from plumbing.number_places import Place, units_in
+from plumbing.number_words import any_of
 
 
 def is_innocent(place: Place) -> bool:
@@ -30,7 +31,7 @@ _NAMED_BY_NUMBER = """
     player circuit resistor house room track plate street exercise shape pattern tank cell
 """
 _NAME_BEFORE = re.compile(
-    rf"(?:\b(?:{'|'.join(_NAMED_BY_NUMBER.split())}|like|such as|for example|e\.g\.|nearest"
+    rf"(?:\b(?:{any_of(_NAMED_BY_NUMBER.split())}|like|such as|for example|e\.g\.|nearest"
     rf"|(?:group|step|multiple|bundle|row|power|pair)s? of)s?,? #?|∠ ?|\b[A-Za-z]_?\{{?|#|\bno\. ?)"
     r"(?:\d+(?:, (?:and )?| and | or | to |-| vs\.? ))*$",
     re.I,
@@ -142,7 +143,7 @@ _SENTENCE_FACTS = [
     ("6 30 0.5 1/2", r"\bhand\b.*(?:each|per|a|an|every|1) (?:minute|hour)\b"),
     (
         "3 6 9 12",
-        r"(?=.*\b(?:minute|long) hand\b).*\b(?:half past|quarter (?:past|to)|full hour)\b",
+        r"^(?=.*\b(?:minute|long) hand\b).*\b(?:half past|quarter (?:past|to)|full hour)\b",
     ),
     ("15 30 45", r"\b(?:half|quarter|1/2|1/4|3/4)\b.*\b(?:turn|hour|dial)"),
     ("9 18 19", r"\bcarry\b|\bcarries\b"),
@@ -243,7 +244,7 @@ def _is_of_scale(place: Place) -> bool:
     is_power = "^" in place.number.text or _POWER_BEHIND.match(place.after)
     if is_power and _POWER_OF_TEN.match(place.number.text):
         return _MULTIPLIED.search(before[-12:]) is None
-    return _SCALE_RUNS.search(before) is not None
+    return "scale" in before.casefold() and _SCALE_RUNS.search(before) is not None
 
 
 def _is_fact(place: Place) -> bool:
@@ -378,7 +379,7 @@ def _describes_kinds(place: Place) -> bool:
 
 
 _FULL_RANGE = re.compile(
-    r"(?<![\d.])1(?: ?(?:to|through|-|,? ?\\l?dots,?|, ?\.\.\.,?) ?"
+    r"1(?<![\d.]1)(?: ?(?:to|through|-|,? ?\\l?dots,?|, ?\.\.\.,?) ?"
     r"|(?:, \d)*(?:,|,? and|,? or) )"
     r"(\d)(?![\d.]\d|\d)"
 )

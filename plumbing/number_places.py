@@ -73,7 +73,7 @@ def units_in(text: str) -> list[tuple[str, int]]:
 # ----------------------------------------------------------------------------------- the place
 
 _END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
+_END_OF_SENTENCE = re.compile(r";|!|\?|。|；|\.(?=\s|$)")
 
 
 class Place:

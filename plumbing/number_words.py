@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -40,9 +41,20 @@ _DENOMINATORS = {
     "hundredth": 100,
 }
 
-# One word of a number: "twenty", "hundred", "a hundred". Longer words first: "seven" must not be
-# read where "seventy" stands.
-_NUMBER_WORDS = "|".join(sorted([*_SMALL, *_SCALES], key=len, reverse=True))
+
+def any_of(words: Iterable[str]) -> str:
+    """A pattern of the words, longer ones first: "seven" must not be read where "seventy" stands.
+
+    Words of one first letter are one branch, so that most places of a text fail after a few looks.
+    """
+    branches = {}
+    for word in sorted(words, key=len, reverse=True):
+        branches.setdefault(word[0], []).append(re.escape(word[1:]))
+    return "|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in branches.items())
+
+
+# One word of a number: "twenty", "hundred", "a hundred"
+_NUMBER_WORDS = any_of([*_SMALL, *_SCALES])
 _SCALE_WORDS = "|".join(_SCALES)
 _NUMBER_WORD = rf"(?:an? (?={_SCALE_WORDS}))?(?:{_NUMBER_WORDS})"
 
@@ -50,6 +62,7 @@ _NUMBER_WORD = rf"(?:an? (?={_SCALE_WORDS}))?(?:{_NUMBER_WORDS})"
 # TRAP: the repetition is bounded, so that a long run of such words does not cost its square.
 _CARDINAL_PATTERN = rf"{_NUMBER_WORD}(?:(?:-| and | )?\b{_NUMBER_WORD}\b){{0,8}}"
 _CARDINAL = re.compile(rf"\b{_CARDINAL_PATTERN}\b", re.I)
+_ONE = re.compile(r"\bone\b(?:(?:-| and | )one\b){0,8}", re.I)  # many texts have no other word
 
 _PARTS = "|".join(_DENOMINATORS)
 _ENGLISH_WORDS = {*_SMALL, *_SCALES}
@@ -98,7 +111,8 @@ def _cardinal_in_digits(match: re.Match) -> str:
     """A match of _CARDINAL in digits; "one" stays where it may be a pronoun: "the blue one"."""
     words = match[0]
     if words.lower() == "one":
-        number = _BEFORE_NUMBER_ONE.search(match.string, 0, match.start())
+        near = max(0, match.start() - 20)  # what comes before "one" is short
+        number = _BEFORE_NUMBER_ONE.search(match.string, near, match.start())
         number = number or _AFTER_NUMBER_ONE.match(match.string, match.end())
         return "1" if number else words
     return str(_cardinal(words))
@@ -200,9 +214,9 @@ def _cjk_in_digits(match: re.Match) -> str:
 # ----------------------------------------------------------------------------------- one form
 
 # Mathematics mode, Markdown's bold and code. "$5" keeps its sign.
-_MARKUP = re.compile(r"\\\(|\\\)|\\\[|\\\]|(?<!\\)\$(?!\d)|\*\*|`")
+_MARKUP = re.compile(r"\\\(|\\\)|\\\[|\\\]|\$(?<!\\\$)(?!\d)|\*\*|`")
 # "$31$ days" holds no dollars
-_NUMBER_IN_MATHS = re.compile(r"(?<!\\)\$(\d(?:[^$;\s]| (?=[\\\d+*/=<>-])){0,40})(?<! )\$(?!\d)")
+_NUMBER_IN_MATHS = re.compile(r"\$(?<!\\\$)(\d(?:[^$;\s]| (?=[\\\d+*/=<>-])){0,40})(?<! )\$(?!\d)")
 _LATEX_SIGN = re.compile(r"[\\^~${}`*]")
 _PER_CENT = re.compile(r" ?\bper ?cent\b", re.I)
 _THRICE = re.compile(r"\bthrice\b", re.I)
@@ -233,9 +247,11 @@ def normal(text: str) -> str:
         text = _FRACTION.sub(_fraction_in_digits, text)
         if "half" in words:
             text = _HALF.sub("1/2", text)
-    if "thrice" in words or not words.isdisjoint(_ENGLISH_WORDS):
-        text = _CARDINAL.sub(_cardinal_in_digits, text)
-    if not words.isdisjoint(_FOREIGN_WORDS):
+    in_words = words & _ENGLISH_WORDS | ({"three"} if "thrice" in words else set())
+    if in_words:
+        pattern = _ONE if in_words == {"one"} else _CARDINAL
+        text = pattern.sub(_cardinal_in_digits, text)
+    if not _FOREIGN_WORDS.keys().isdisjoint(words):
         text = _WORD.sub(_foreign_in_digits, text)
     if not text.isascii():
         text = _CJK_NUMBER.sub(_cjk_in_digits, text)
@@ -288,6 +304,7 @@ _NUMBER = re.compile(
 )
 
 
+_ANY_DIGIT = re.compile(r"\d")
 _LONGEST_NUMBER = 60  # in characters; what follows is not read
 
 
@@ -297,7 +314,7 @@ def numbers(text: str) -> list[Number]:
     A number with a percent sign counts without it too: "25 %" -> 1/4 and 25.
     """
     found = []
-    for match in _NUMBER.finditer(text):
+    for match in _NUMBER.finditer(text) if _ANY_DIGIT.search(text) else ():
         bare = match[0][:_LONGEST_NUMBER].rstrip("% ")
         forms = dict.fromkeys((match[0][:_LONGEST_NUMBER], bare))
         values = [Fraction(int(bare)) if form.isdecimal() else to_number(form) for form in forms]

@@ -20,7 +20,8 @@ _ORDINAL_WORDS = "first second third fourth fifth sixth seventh eighth ninth ten
 ORDINALS = _ORDINAL_WORDS.split()
 
 END_OF_CLAUSE = re.compile(r"[;!?,()。；，]|[.:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r"([;!?。；]|(?<!\bvs)\.(?=\s|$))")
+# as a set, [;!?], it would not be searched for by its signs, and take four times as long
+_END_OF_SENTENCE = re.compile(r"(;|!|\?|。|；|\.(?<!\bvs\.)(?=\s|$))")
 
 
 def sentences(text: str) -> list[str]:
@@ -31,6 +32,7 @@ def sentences(text: str) -> list[str]:
 _NO_WORD = re.compile(r"[^\w\s-]+")
 
 
+@lru_cache(maxsize=256)  # the rules ask for the same options and sentences
 def plain_words(text: str) -> str:
     """A text without case and punctuation, for the rules on words: "Mon-day!" -> "mon-day "."""
     return _NO_WORD.sub(" ", text.casefold())
@@ -117,6 +119,10 @@ class Case:
         return numbers(self.text)
 
     @cached_property
+    def stem_numbers(self) -> list[Number]:
+        return numbers(self.stem)
+
+    @cached_property
     def words(self) -> str:
         return plain_words(self.text)
 
@@ -179,8 +185,13 @@ _LIST_MARK = re.compile(
 )
 
 
+_SECOND_MARK = re.compile(r"2[.):/\]]|b[.):/\]]|②")
+
+
 def _without_list_marks(text: str) -> str:
     """The text without the numbers or letters of its steps, where they count up from 1 or a."""
+    if not _SECOND_MARK.search(text):
+        return text
     spans, values = [], [0]
     for match in _LIST_MARK.finditer(text):
         mark = match[1] or str(_CIRCLED.index(match[2]) + 1)
@@ -235,7 +246,7 @@ def _place_and_text(answer: str, options: list[str]) -> tuple[int | None, str]:
 
 # ----------------------------------------------------------------------------- parts, numbers
 
-_PAIR_OF_BRACKETS = re.compile(r"^\s*\$?[(\[{⟨]?(.*?)[)\]⟩]?\$?\s*$", re.S)
+_PAIR_OF_BRACKETS = re.compile(r"^\s*\$?[(\[{⟨]?|[)\]⟩]?\$?\s*$")
 _BETWEEN_PARTS = re.compile(r"\s*(?:,(?!\d{3}(?!\d))|;|&|\band\b|\bor\b)\s*")  # 1,200 is one part
 _NAMED_VALUE = re.compile(r"^[a-zA-Z]\w? ?= ?")
 
@@ -245,7 +256,7 @@ def _parts(answer: str) -> list[str]:
 
     An order of letters, "C, A, B", is one part: its letters name things.
     """
-    listed = _BETWEEN_PARTS.split(_PAIR_OF_BRACKETS.sub(r"\1", answer))
+    listed = _BETWEEN_PARTS.split(_PAIR_OF_BRACKETS.sub("", answer))
     parts = [_NAMED_VALUE.sub("", normal(part).rstrip(".! ")) for part in listed]
     parts = [part for part in parts if part]
     letters = [part for part in parts if len(part) == 1 and part.isalpha()]
@@ -330,15 +341,16 @@ def _known(stem: str, options: list[str], gold: int | None) -> set[Fraction | fl
 
     A statement is an option of at least four words.
     """
-    known = _stated(stem)
-    if not options:
-        return known
-    stated = [_stated(option) for option in options]
-    known |= set.intersection(*stated)
-    for place, values in enumerate(stated):
-        if place != gold and len(options[place].split()) >= 4:
+    known, shared = _stated(stem), None
+    for place, option in enumerate(options):
+        is_wrong_statement = place != gold and len(option.split()) >= 4
+        if shared == set() and not is_wrong_statement:
+            continue
+        values = _stated(option)
+        shared = values if shared is None else shared & values
+        if is_wrong_statement:
             known |= values
-    return known
+    return known | (shared or set())
 
 
 # -------------------------------------------------------------------------------- candidates
@@ -389,6 +401,10 @@ def _option_names(options: list[str]) -> dict[str, int]:
 
 def _blank_lists(text: str, names: dict[str, int]) -> str:
     """The text without the names, in each sentence that only lists them."""
+    pieces = _END_OF_SENTENCE.split(text)
+    lists = [index for index, piece in enumerate(pieces) if _may_list(piece, names)]
+    if not lists:
+        return text  # a pattern costs more than this look
     longest_first = sorted(names, key=len, reverse=True)
     pattern = "|".join(re.escape(name) for name in longest_first)
     is_letters = longest_first[0].isupper()
@@ -396,16 +412,23 @@ def _blank_lists(text: str, names: dict[str, int]) -> str:
     # Chinese has no blanks between words
     named = re.compile(rf"(?<![A-Za-z\d.])(?:{pattern})(?![A-Za-z\d]|\.\d)", ignore_case)
     count = len(set(names.values()))
-    pieces = _END_OF_SENTENCE.split(text)
-    for index, piece in enumerate(pieces):
+    for index in lists:
+        piece = pieces[index]
         found = named.findall(piece)
         places = {names[name if is_letters else name.casefold()] for name in found}
-        if len(places) < 2 or len(found) > len(places) or CHOSEN.search(piece):
+        if len(places) < 2 or len(found) > len(places):
             continue
         is_range = {0, count - 1} <= places and _RANGE.search(piece)
         if len(places) >= count - 1 or _OPEN_CHOICE.search(piece) or is_range:
             pieces[index] = named.sub(" ", piece)
     return "".join(pieces)
+
+
+def _may_list(piece: str, names: dict[str, int]) -> bool:
+    """The sentence holds names of two options and chooses none."""
+    lower = piece.casefold()
+    places = {place for name, place in names.items() if name in lower or name in piece}
+    return len(places) > 1 and not CHOSEN.search(piece)
 
 
 _NO_CANDIDATE = re.compile(r"\b(?:both|neither|none|same|equal|cannot|all of)\b", re.I)

@@ -18,8 +18,8 @@ _OUT = re.compile(
 )
 _LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
 # "a dilation changes lengths, a translation keeps directions" tells no picture
-_OF_A_KIND = re.compile(r"\W*(?:an?|any|every) ", re.I)
-_SENTENCE = re.compile(r"[;!?。；]|\.(?=\s|$)")
+_OF_ANY = re.compile(r"\W*(?:an?|any|every) ", re.I)
+_SENTENCE = re.compile(r";|!|\?|。|；|\.(?=\s|$)")
 
 
 def excludes_others(case: Case) -> Iterator[str]:
@@ -32,10 +32,10 @@ def excludes_others(case: Case) -> Iterator[str]:
         return
     others = set(range(len(case.options) or 4)) - {case.place}
     left = others | {case.place}
-    # "neither" and "no correlation" may be options themselves
-    one_by_one = not any(_denies(option) for option in case.options)
     text = f"{case.full} {plain_words(case.full)}"
     readings = [reading for reading in _readings(case) if _may_name(reading.names, others, text)]
+    # "neither" and "no correlation" may be options themselves
+    one_by_one = readings and not any(_denies(option) for option in case.options)
     for sentence in _SENTENCE.split(case.full) if readings else ():
         is_out = _OUT.search(sentence) is not None
         words = plain_words(sentence)
@@ -66,7 +66,7 @@ class _Reading(NamedTuple):
 
 def _leaves_open(sentence: str) -> bool:
     """The sentence names things without a word of exclusion and says nothing of this picture."""
-    return bool(_OF_A_KIND.match(sentence) or TO_DO.search(sentence))
+    return bool(_OF_ANY.match(sentence) or TO_DO.search(sentence))
 
 
 def _readings(case: Case) -> list[_Reading]:
@@ -83,7 +83,9 @@ def _readings(case: Case) -> list[_Reading]:
         raw = case.options[place].strip()
         others = {word for other in words[:place] + words[place + 1 :] for word in other}
         own = [word for word in words[place] if word not in others and word not in COMMON_WORDS]
-        own = [word for word in own if len(word) > 2 and word.isalpha() and not _denies(raw)]
+        own = [word for word in own if len(word) > 2 and word.isalpha()]
+        if own and _denies(raw):
+            own = []
         label = [case.labels[place]] if case.labels else []
         names.append([name for name in (raw if len(raw) == 1 else option, *own, *label) if name])
     return [by_letter, marked, _Reading(names, not case.answer.isdecimal())]

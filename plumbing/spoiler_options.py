@@ -59,7 +59,7 @@ def _has_lone_letter(letter: str, case: Case) -> bool:
 
     A and I are words, so they do not count. "label B" counts if the question asks which label.
     """
-    if letter in _WORDS_OF_ONE_LETTER:
+    if letter in _WORDS_OF_ONE_LETTER or letter not in case.text:
         return False
     if any(letter in name for name in _CAPITALS.findall(case.stem)):
         return False
@@ -150,6 +150,12 @@ _VERDICT_ON = re.compile(
 )
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
 _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
+# Without one of these a sentence names no place, and a look for them is cheap
+_PLACE_STEMS = """
+    1st 2nd 3rd 4th 5th 6th 7th 8th 9th last final
+    option choice answer alternative candidate possibility entry
+"""
+_PLACE_STEMS = (*ORDINALS, *_PLACE_STEMS.split())
 _NEIGHBOUR = re.compile(
     r"\b(?:after|before|above|below|between|next to)\b"
     r"(?! (?:\w+ing|you|that|the (?:options|choices))\b)"
@@ -171,6 +177,8 @@ _PART_STANDS = re.compile(
 def names_place(case: Case) -> Iterator[str]:
     """ "the second choice", "option 2", "listed last"; "the second word" of "Which word ...?"."""
     if case.place is None:
+        return
+    if not any(word in case.words for word in _PLACE_STEMS):
         return
     asked = {noun.casefold() for noun in _ASKED.findall(case.stem)} if case.options else set()
     for sentence in case.sentences:

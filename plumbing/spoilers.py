@@ -18,7 +18,7 @@ from plumbing.answers import DIGIT_OR_COMMAND, split_unit, to_number
 from plumbing.innocent_counts import DEFINITE_BEFORE
 from plumbing.innocent_numbers import is_innocent
 from plumbing.number_places import Place, unit_of, units_in
-from plumbing.number_words import Number, numbers
+from plumbing.number_words import Number
 from plumbing.spoiler_case import Case, Gold, is_label, is_new, part_value, read_case, whole_numbers
 from plumbing.spoiler_exclusion import excludes_others
 from plumbing.spoiler_forms import (
@@ -173,7 +173,7 @@ def _combines_known(number: Number, case: Case) -> bool:
 def _converts_known(number: Number, case: Case) -> bool:
     """A number of the question in another form: "0.25 l" for 250 ml, "times 1.2" for 20 % more."""
     unit = unit_of(number, case.text)
-    for stated in numbers(case.stem):
+    for stated in case.stem_numbers:
         if stated.text.endswith("%") and abs(number.values[-1] - 1) == stated.values[0]:
             return True
         if unit is None:
