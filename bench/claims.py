@@ -224,7 +224,8 @@ def one_run(job: dict) -> dict:
             arm.patch(patches, train)
         measure_at_the_end(patches, train, job, final)
         watch_accuracy(patches, train, curve)
-        watch_gradients(patches, train, compared)
+        if job["arm"] in MAIN:  # three more backward passes each EVERY steps
+            watch_gradients(patches, train, compared)
         with contextlib.chdir(folder):
             train.main(command_line(job))
             [before, *logged] = load_rows(Path("runs/run/metrics.jsonl"))
