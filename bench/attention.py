@@ -244,10 +244,15 @@ def load_own() -> OwnResponses:
     return OwnResponses(model, processor, max(SAMPLES), SETTINGS["max_new_tokens"])
 
 
+def tune_scores(own):
+    """What the layers are chosen by: their scores on the split "tune"."""
+    return scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS))
+
+
 def measure(questions: int) -> list[dict]:
     """Draw, look, write hints and compare; the rows replace those in the results file."""
     began, own = time.time(), load_own()
-    scores = scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS))
+    scores = tune_scores(own)
     layers = choose_layers(scores)
     measured = Measured(own, layers)
     for start in range(0, questions, TOGETHER):
@@ -270,7 +275,7 @@ def measure(questions: int) -> list[dict]:
 def write_hints() -> None:
     """The model's own hints of the puzzles of bench/arms.py's arm, at the most samples."""
     own = load_own()
-    layers = choose_layers(scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS)))
+    layers = choose_layers(tune_scores(own))
     # the world's solutions are no model's: without them it must find a right response
     questions = [replace(q, solution=None) for q in world.puzzles("train", FIXED_PUZZLES)]
     source = make_source(own, layers, questions)
@@ -327,7 +332,7 @@ def tables(rows: list[dict]) -> str:
 def draw(path: Path) -> None:
     """Two pictures per family, of one of its puzzles: the old map, the new one with its boxes."""
     own = load_own()
-    layers = choose_layers(scores_of_layers(own, world.puzzles("tune", LAYER_QUESTIONS)))
+    layers = choose_layers(tune_scores(own))
     measured = Measured(own, layers)
     sheet = Image.new("RGB", (len(FAMILIES) * (SIDE + GAP) + GAP, 2 * (SIDE + 3 * GAP)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
