@@ -297,7 +297,8 @@ class Arm:
         return self.option_text.split()
 
 
-# Each main arm has its own learning rate, and PTD-PO its own lambda: the best of its grid.
+# Each main arm has its own learning rate, and the two that have reward and tutoring their own
+# lambda: the best of its grid.
 MAIN = {
     "GRPO": Arm("--lam 0"),
     "PTD-PO": Arm(),
@@ -361,6 +362,7 @@ GRIDS["PTD-PO"] = [
     ["--lr", rate, "--lam", lam]
     for rate, lam in (("3e-4", "3"), ("3e-4", "10"), ("3e-4", "30"), ("7e-4", "10"))
 ]
+GRIDS["HDPO-like"] += [["--lr", "3e-4", "--lam", lam] for lam in ("0.1", "1")]  # 10 is PTD-PO's
 
 
 def main_arm(arm: str) -> str:
