@@ -9,9 +9,9 @@
 
 "named" are the puzzles whose hint names the lines. "narrowed" are those of the family "next": the
 hint names two rows, and only the reward says which of them counts. bench/arms.py says what each arm
-is. The learning rate of the main arms, and the lambda of PTD-PO and of the HDPO-like arm, are chosen
-on the split "tune", by seed 100. Each finished run is one line of bench/results/arms.jsonl, and is
-not repeated: stop the script and start it again at any moment.
+is. The learning rate of the main arms, and the lambda of PTD-PO and of the HDPO-like arm, are
+chosen on the split "tune", by seed 100. Each finished run is one line of bench/results/arms.jsonl,
+and is not repeated: stop the script and start it again at any moment.
 """
 
 from __future__ import annotations
