@@ -254,10 +254,14 @@ def distil_right_responses(patches: Patches, train) -> None:
             right = [r for r in drawn if train.verify(r.text, r.question, trainer.same_answer)]
             for g, response in enumerate(right):
                 # drawn with the answer shown, so its log-probs make the logged sampler_gap large
-                groups[n][g] = replace(response, prompt=groups[n][g].prompt)
+                taken = groups[n][g]
+                # TRAP: with a reward of 0 beside format rewards of 0.1 it would be unlearnt
+                groups[n][g] = replace(response, prompt=taken.prompt, reward=taken.reward)
                 mask[n, g] = True
         masks[:] = [mask]
         assign(trainer, groups)
+        for n, g in mask.nonzero().tolist():
+            groups[n][g].advantage = 0.0
 
     def route(correct, can_tutor, tau):
         return masks[0] & can_tutor.unsqueeze(1)

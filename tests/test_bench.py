@@ -74,7 +74,7 @@ class Step:
         self.groups = self.trainer.sample(self.trainer.read(questions))
         for group, verdicts in zip(self.groups, VERDICTS, strict=True):
             for response, correct in zip(group, verdicts, strict=True):
-                response.correct, response.reward = correct, float(correct)
+                response.correct, response.reward = correct, 0.1 + 0.9 * correct  # 0.1: the format
 
     def gradient(self, arm, patches=None, recipe="paper"):
         """The flat gradient of the arm's step, with its options and with or without its patch."""
@@ -231,7 +231,7 @@ def test_the_hdpo_like_arm_tutors_right_responses_alone(step, monkeypatch):
     taken = [r for r in responses if r.tutored]
     assert [r.text for r in taken] == [asked[0].solution]
     assert responses[6:].index(taken[0]) == 0
-    assert taken[0].advantage == 0
+    assert all(response.advantage == 0 for response in responses[6:])
     assert "The answer is" in step.trainer.processor.tokenizer.decode(taken[0].teacher_prompt.ids)
 
 
