@@ -311,10 +311,10 @@ MAIN = {
     "OPSD": Arm("--teacher-context solution --beta-kl 0 --jsd-k 1000", self_distillation),
     "HDPO-like": Arm("--teacher-context answer", distil_right_responses),
 }
-# These take PTD-PO's, or GRPO's where the name begins so.
+# These take PTD-PO's, or GRPO's where the name begins so. Two that one would look for are main arms
+# already, as the grids chose one rate for them: "lambda 0" is GRPO, "no policy loss" tutoring alone.
 ABLATIONS = {
     "tutoring mean per step": Arm("--tutor-mean step"),
-    "no policy loss": Arm(patch=no_policy_loss),
     "all responses": Arm(patch=all_responses),
     "tau 0.2": Arm("--tau 0.2"),
     "tau 0.4": Arm("--tau 0.4"),
@@ -335,7 +335,6 @@ ABLATIONS = {
     "student's support": Arm("--support student"),
     "forward KL": Arm("--divergence forward_kl"),
     "reverse KL": Arm("--divergence reverse_kl"),
-    "lambda 0": Arm("--lam 0"),
     "lambda 0.1": Arm("--lam 0.1"),
     "lambda 1": Arm("--lam 1"),
     "lambda 3": Arm("--lam 3"),

@@ -128,7 +128,7 @@ def test_who_is_tutored_and_who_has_the_kl_penalty(step, recipe, penalised):
         return [r.tutored for r in responses], [r.penalised for r in responses]
 
     assert flags("PTD-PO", patched=False) == (FAILED, penalised)
-    assert flags("no policy loss") == (FAILED, penalised)
+    assert flags("tutoring alone") == (FAILED, penalised)
     assert flags("all responses") == ([False] * 3 + [True] * 6, penalised)
     assert flags("OPSD") == ([True] * 9, [False] * 9)
     assert flags("GRPO", patched=False) == ([False] * 9, [True] * 9)
