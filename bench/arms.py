@@ -311,8 +311,8 @@ MAIN = {
     "OPSD": Arm("--teacher-context solution --beta-kl 0 --jsd-k 1000", self_distillation),
     "HDPO-like": Arm("--teacher-context answer", distil_right_responses),
 }
-# These take PTD-PO's, or GRPO's where the name begins so. Two that one would look for are main arms
-# already, as the grids chose one rate for them: "lambda 0" is GRPO, "no policy loss" tutoring alone.
+# These take PTD-PO's, or GRPO's where the name begins so. Two that one might miss are main arms,
+# as the grids chose one rate for all three: lambda 0 is GRPO, no policy loss is tutoring alone.
 ABLATIONS = {
     "tutoring mean per step": Arm("--tutor-mean step"),
     "all responses": Arm(patch=all_responses),
