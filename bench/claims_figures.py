@@ -78,11 +78,11 @@ def draw_curves(plt, runs: dict[str, list[dict]], steps: int):
         smooth = [running_mean(run["entropy"][:steps], 10) for run in runs[arm]]
         draw_band(entropy, range(1, steps + 1), smooth, arm, COLOURS[arm])
     named.set(title="The hint names the line", ylabel="held-out accuracy, %")
-    narrowed.set(title="The hint names two rows, the reward one")
+    narrowed.set(title="The hint leaves two rows open")
     entropy.set(title="Entropy of the responses", ylabel="nats a token, mean of 10 steps")
     for axes in panels:
         axes.set(xlabel="optimizer step", ylim=(0, None if axes is entropy else 100))
-    named.legend(frameon=False, fontsize=8, loc="upper left")
+    entropy.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
