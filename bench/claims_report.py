@@ -87,8 +87,8 @@ def arm_cells(arm: str, runs: list[dict]) -> list[str]:
 def families_table(held_out: list[dict]) -> str:
     """The main arms by family of puzzles, and what another puzzle's answer does to them."""
     families = list(held_out[0]["final"]["families"])
-    told = "told another answer: says it, named / narrowed"
-    header = ["arm", *families, told, "is right all the same"]
+    told = "told another puzzle's answer: says that, named / narrowed, %"
+    header = ["arm", *families, told, "is right nevertheless, %"]
     rows = []
     for arm in MAIN:
         finals = [row["final"] for row in held_out if row["arm"] == arm]

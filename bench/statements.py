@@ -131,7 +131,7 @@ STATEMENTS = (
         "teacher told the answer",
     ),
     Statement(
-        "A hint is a better context than solution and answer",
+        "A hint is a better context than the solution",
         "2.2, figure 3",
         "none of training",
         "PTD-PO",
