@@ -73,7 +73,7 @@ def units_in(text: str) -> list[tuple[str, int]]:
 # ----------------------------------------------------------------------------------- the place
 
 _END_OF_CLAUSE = re.compile(r"[;!?。；]|[.,:](?=\s|$)")
-_END_OF_SENTENCE = re.compile(r";|!|\?|。|；|\.(?=\s|$)")
+END_OF_SENTENCE = re.compile(r";|!|\?|。|；|\.(?=\s|$)")
 
 
 class Place:
@@ -99,8 +99,8 @@ class Place:
 
     @cached_property
     def sentence_before(self) -> str:
-        return _END_OF_SENTENCE.split(self.before)[-1]
+        return END_OF_SENTENCE.split(self.before)[-1]
 
     @cached_property
     def sentence(self) -> str:
-        return self.sentence_before + self.number.text + _END_OF_SENTENCE.split(self.after, 1)[0]
+        return self.sentence_before + self.number.text + END_OF_SENTENCE.split(self.after, 1)[0]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from plumbing.number_places import END_OF_SENTENCE
 from plumbing.spoiler_case import LETTERS, OPEN, ORDINALS, TO_DO, Case, has_word, plain_words
 from plumbing.spoiler_words import holds_form
 from plumbing.verdicts import COMMON_WORDS
@@ -19,7 +20,6 @@ _OUT = re.compile(
 _LISTED_TO_CHOOSE = re.compile(r"\b(?:among|between|whether|pick|choose|select)\b.*\bor\b", re.I)
 # "a dilation changes lengths, a translation keeps directions" tells no picture
 _OF_ANY = re.compile(r"\W*(?:an?|any|every) ", re.I)
-_SENTENCE = re.compile(r";|!|\?|。|；|\.(?=\s|$)")
 
 
 def excludes_others(case: Case) -> Iterator[str]:
@@ -36,7 +36,7 @@ def excludes_others(case: Case) -> Iterator[str]:
     readings = [reading for reading in _readings(case) if _may_name(reading.names, others, text)]
     # "neither" and "no correlation" may be options themselves
     one_by_one = readings and not any(_denies(option) for option in case.options)
-    for sentence in _SENTENCE.split(case.full) if readings else ():
+    for sentence in END_OF_SENTENCE.split(case.full) if readings else ():
         is_out = _OUT.search(sentence) is not None
         words = plain_words(sentence)
         for reading in readings:
@@ -128,7 +128,7 @@ def _excludes_by_place(others: set[int], case: Case) -> bool:
     if not case.options or not _ANY_PLACE.search(case.text):
         return False
     last = len(case.options) - 1
-    for sentence in _SENTENCE.split(case.text):
+    for sentence in END_OF_SENTENCE.split(case.text):
         if TO_DO.search(sentence) or not (case.labels or _OUT.search(sentence)):
             continue
         named = set()

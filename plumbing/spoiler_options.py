@@ -150,7 +150,8 @@ _VERDICT_ON = re.compile(
 )
 _ANY_ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)}|last)\b", re.I)
 _PLACE_WORD = re.compile(rf"\b(?:{_ORDINAL}|{_LIST})\b", re.I)
-# Without one of these a sentence names no place, and a look for them is cheap
+# Without one of these a hint names no place, and a look for them is cheap.
+# TRAP: a word that is added to _LIST or _ORDINAL belongs here, too.
 _PLACE_STEMS = """
     1st 2nd 3rd 4th 5th 6th 7th 8th 9th last final
     option choice answer alternative candidate possibility entry
