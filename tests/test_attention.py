@@ -131,6 +131,7 @@ WIDE = dict(
 MLP_WIDTH, GIB = 8960, 2**30
 
 
+@pytest.mark.slow
 def test_a_2b_model_takes_two_gib_for_1000_image_tokens_and_500_of_the_response(base, monkeypatch):
     """Counted in float32, the larger type, and the same for two watched layers as for one."""
     monkeypatch.setitem(VISION_TOWERS["Qwen2VL"], "hidden_size", 1536)

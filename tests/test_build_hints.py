@@ -473,6 +473,7 @@ def test_a_second_expert_that_cannot_be_loaded_ends_the_run_in_one_line(
 
 
 # ------------------------------------------------------------------------------- the command
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(serve, tmp_path, capsys):
     def slow(question, before):
         time.sleep(0.05)
@@ -587,6 +588,7 @@ def attention_command(folder, *options):
     return main([*args, "--out", str(folder / "h.jsonl"), *options])
 
 
+@pytest.mark.slow
 def test_attention_from_the_command(tmp_path, capsys):
     maps = tmp_path / "maps"
     options = ["--limit", "12", "--overlay", str(maps), "--layers", "2-2"]
@@ -608,6 +610,7 @@ def test_attention_from_the_command(tmp_path, capsys):
     assert "12 of them in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_layers_of_the_command_stand_beside_the_output(tmp_path, capsys):
     assert attention_command(tmp_path, "--limit", "24") == 0
     cache = tmp_path / "h.layers.json"

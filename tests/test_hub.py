@@ -200,12 +200,14 @@ def test_the_template_is_also_found_in_other_files(checkpoints, file, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- whole loop
+@pytest.mark.slow
 def test_a_run_on_it_is_resumed_and_has_a_page(run):
     assert [row["step"] for row in logged(run)] == [0, 1, 2, 3]
     assert all(row["tutor_loss"] > 0 for row in logged(run)[1:])
     assert "Which colour is square 0?" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_exported_model_loads_back_in_the_hubs_layout(run, checkpoint):
     """By our loader and by transformers' own; the names of the weights are the hub's."""
     kind, folder, weights = checkpoint
@@ -230,6 +232,7 @@ def test_the_exported_model_loads_back_in_the_hubs_layout(run, checkpoint):
         assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_the_exported_processor_is_the_files_and_has_the_models_class(run, checkpoint, questions):
     """AutoProcessor looks for the class by its name; ours would be unknown to it."""
     kind, folder, _ = checkpoint
@@ -495,6 +498,7 @@ def test_a_processor_without_images_is_refused_before_a_model_is_loaded(
     assert message in refusal(capsys)
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path):
     """No second attempt and no line of the hub's own. Nothing listens at this address."""
     settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

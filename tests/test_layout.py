@@ -1,6 +1,7 @@
 """The house: five files that are the paper, plumbing for the rest, imports that run one way."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def statements(tree: ast.AST):
             yield from statements(child)
 
 
+@functools.cache
 def imported(module: str) -> set[str]:
     """The modules that a module imports: ours by their name here, others by their first part."""
     names = set()

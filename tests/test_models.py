@@ -61,6 +61,7 @@ def assert_weights_close(ours, expected, rtol):
 
 
 @pytest.mark.beside(program=start_two)
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(beside):
     """gloo, with other numbers of tutored tokens per process; in case "one" a process has none."""
     both = saved_by_two(beside)["ddp"]
@@ -72,6 +73,7 @@ def test_two_processes_give_the_gradient_of_one(beside):
 
 
 @pytest.mark.beside(program=start_two)
+@pytest.mark.slow
 def test_two_sharded_processes_do_three_steps_as_one_does(beside, tmp_path):
     """FSDP2 over gloo, student and reference sharded.
 
@@ -125,6 +127,7 @@ def start_bf16(folder):
 
 
 @pytest.mark.beside(program=start_bf16)
+@pytest.mark.slow
 def test_fsdp_bf16_trains_as_one_process_does(beside, tmp_path, monkeypatch, any_precision):
     """accelerate's own policy of mixed precision casts log-probs to bfloat16: the run ended there.
 
@@ -185,6 +188,7 @@ def start_check(folder):
 
 
 @pytest.mark.beside(program=start_check)
+@pytest.mark.slow
 def test_fsdp_check_in_bf16_passes(beside):
     """--check collects norms of sharded gradients; its bounds hold in bfloat16."""
     assert not (beside / "runs").exists()

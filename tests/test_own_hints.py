@@ -133,6 +133,7 @@ def test_any_model_class_any_number_of_images_and_any_shape(tiny):
 
 
 # ------------------------------------------------------------------------------------- the layers
+@pytest.mark.slow
 def test_the_layers_are_chosen_once_per_model_and_kept(base, tmp_path, monkeypatch, capsys):
     drawn = spy(monkeypatch, own_hints, "sample_groups", lambda *args, **kwargs: len(args[2]))
     monkeypatch.setattr(own_hints, "LAYER_QUESTIONS", 24)

@@ -72,6 +72,7 @@ def terminate_resumed_run(folder, run):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
     """SIGKILL at a random moment, SIGTERM in the resumed run, resumed again.
 
@@ -202,6 +203,7 @@ def test_a_full_disk_ends_the_run_at_a_log(finished, monkeypatch):
     assert "\n" not in stop.value.code
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_write_its_model_writes_it_when_resumed(tmp_path, monkeypatch, capsys):
     """The model and the summary are those of the run that could; nothing is trained again."""
     monkeypatch.chdir(tmp_path)

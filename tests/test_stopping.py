@@ -85,6 +85,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("call, step", [(3, 0), (5, 2), (6, 2), (8, 3)])
+@pytest.mark.slow
 def test_a_stop_while_sampling_costs_nothing_but_that(
     call, step, whole, tmp_path, monkeypatch, capsys, signal_while_sampling
 ):
@@ -127,6 +128,7 @@ def test_a_stop_in_the_first_evaluation_leaves_nothing(
 
 
 # ----------------------------------------------------------------------------------------- updating
+@pytest.mark.slow
 def test_a_stop_while_scoring_drops_the_rest_of_the_rollout(tmp_path, monkeypatch, capsys):
     """At the next micro-batch, in the second of three steps on one rollout.
 
@@ -218,6 +220,7 @@ def assert_both_stopped(folder, scored):
 
 
 @pytest.mark.beside(program=start_ddp)
+@pytest.mark.slow
 def test_two_processes_stop_together_where_one_got_the_signal(beside):
     """gloo, unequal numbers of micro-batches: no process is left waiting for the other.
 
@@ -227,6 +230,7 @@ def test_two_processes_stop_together_where_one_got_the_signal(beside):
 
 
 @pytest.mark.beside(program=start_fsdp)
+@pytest.mark.slow
 def test_two_sharded_processes_stop_together_where_one_got_the_signal(beside):
     assert_both_stopped(beside, [[[7, 1, True], [7, 6, True]]] * 2)
 

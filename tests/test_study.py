@@ -282,6 +282,7 @@ def study_of(trainer, make_hint):
     return verdicts, found
 
 
+@pytest.mark.slow
 def test_a_clean_set_of_hints_passes(trainer):
     verdicts, found = study_of(trainer, lambda question: question.hint)
     assert verdicts == {
@@ -299,6 +300,7 @@ def test_a_clean_set_of_hints_passes(trainer):
     assert max(blind) < 0.45
 
 
+@pytest.mark.slow
 def test_useless_hints_are_found(trainer):
     verdicts, found = study_of(trainer, lambda question: Hint(steps=("Think carefully",)))
     assert verdicts["hints move nothing"]
@@ -342,6 +344,7 @@ def told_or_plain(number):
     return make_base.Episode(question, student_messages(question), question.solution)
 
 
+@pytest.mark.slow
 def test_a_planted_leak_is_found(trainer):
     teach(trainer, told, 60)
     verdicts, found = study_of(trainer, lambda q: Hint(steps=(f"the answer is {q.answer}",)))
@@ -349,6 +352,7 @@ def test_a_planted_leak_is_found(trainer):
     assert "first: puzzle-2" in numbers.study_table(found)
 
 
+@pytest.mark.slow
 def test_hints_that_act_like_solutions_are_found(trainer):
     teach(trainer, told_or_plain, 36)
     verdicts, found = study_of(trainer, lambda question: Hint(steps=("the answer is 0",)))
@@ -369,6 +373,7 @@ def parts_of_two(tmp_path, monkeypatch):
     return tmp_path / "runs" / "s"
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_ends_alike(parts_of_two, monkeypatch, capsys):
     train.main(OPTIONS)
     whole = json.loads((parts_of_two / "study.json").read_text())

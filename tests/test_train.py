@@ -140,6 +140,7 @@ def test_a_whole_run_from_the_path_of_each_real_class(kind, base, folder, capsys
 
 
 @pytest.mark.parametrize("options", [["--updates", "2"], ["--lora", "4"]])
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(options, folder):
     """--gradient-checkpointing has no cache in training mode.
 
@@ -630,7 +631,7 @@ def test_evaluation_counts_every_question_once(trainer):
 
 
 # ----------------------------------------------------------------------------------------- bfloat16
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_first_ratio_is_1_and_the_kl_penalty_starts_at_0(precision, recompute, any_precision):
     """Old log-probs are scored as the update scores; student and reference compute alike."""

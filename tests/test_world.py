@@ -167,6 +167,7 @@ def test_the_committed_base_has_the_skill_but_not_the_insight(base):
     assert 0.35 <= sum(right) / len(right) <= 0.65
 
 
+@pytest.mark.slow
 def test_each_part_of_a_hint_is_worth_something_to_the_committed_base(base):
     """Sampled: whole hint, without ignore or steps, plain, and what moves nothing."""
 
