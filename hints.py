@@ -103,8 +103,12 @@ CONTEXTS = ("hint", "answer", "solution", "none")
 def teacher_messages(question: Question, context: str = "hint") -> list[dict] | None:
     """The teacher's chat x^h = [x; h] (Eq. 9): the student's, plus the chosen context.
 
-    None where the question lacks what the context needs: it is then never tutored.
+    solution: the worked solution alone; --study-hints adds the answer, as figures 3 and 5 do. None
+    where the question lacks what the context needs: it is then never tutored. Raises ValueError for
+    an unknown context.
     """
+    if context not in CONTEXTS:
+        raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")
     if context == "none":
         return student_messages(question)
     if context == "answer":

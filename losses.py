@@ -29,6 +29,8 @@ from torch import Tensor
 # Stands for log 0. exp(NEG) is 0 in value and in gradient. NEG - x is finite, where -inf - -inf
 # is NaN.
 NEG = -1e30
+# The largest x of an exp(x). Above 88 exp is inf in float32, and 0 * inf in its backward is NaN.
+LARGEST_LOG = 20.0
 
 
 # -------------------------------------------------------------------------------------- reduction
@@ -38,15 +40,15 @@ def weighted_sum(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     weights (B,), >= 0, one per response; detached. Values outside the mask and in rows of weight 0
     are never read: they may be NaN or inf, and their gradient is 0. Returns a scalar.
 
-    Every mean of the paper, and of the methods close to it, is such a sum. With N responses in the
-    whole step and T_i tokens in response i, the weights are
+    Every mean of the paper, and of the methods close to it, is such a sum. With N questions, R
+    responses in the whole step and T_i tokens in response i, the weights are
 
-        1 / (N T_i)     mean per response, then over responses: Eq. 3 of the paper; also GRPO
+        1 / (R T_i)     mean per response, then over responses: Eq. 3 of the paper; also GRPO
                         (arXiv 2402.03300) and GSPO (arXiv 2507.18071)
         1 / sum_i T_i   mean over all tokens of the step: DAPO (arXiv 2503.14476)
-        1 / (N T_max)   fixed length: Dr. GRPO (arXiv 2503.20783); T_max is the longest response
+        1 / (R T_max)   fixed length: Dr. GRPO (arXiv 2503.20783); T_max is the longest response
                         that the settings allow
-        1 / (M |F|)     mean over the tutored tokens F of a question, then over the M questions of
+        1 / (N |F|)     mean over the tutored tokens F of a question, then over the N questions of
                         the step: Eq. 11; weight 0 for a response that is not tutored
 
     The weights refer to the whole step. So the sums of its micro-batches and processes add up to
@@ -65,8 +67,8 @@ def policy_loss(
     mask: Tensor,
     *,
     clip_low: float = 0.2,
-    clip_high: float = 0.3,
-    dual_clip: float | None = 3.0,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
     ratio: str = "token",
 ) -> Tensor:
     """Clipped policy-gradient loss per token, (B, T): the negative of the min in Eq. 3.
@@ -74,13 +76,14 @@ def policy_loss(
         -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),    rho = exp(logp - old_logp), Eq. 2
 
     logp, old_logp, advantages (B, T); mask (B, T) bool: the response's tokens. Values of logp and
-    old_logp outside the mask are not read. The gradient flows through logp alone; old_logp and
-    advantages are detached. Raises ValueError for an unknown `ratio`.
+    old_logp outside the mask are not read; the loss there is -A, so reduce with the mask. The
+    gradient flows through logp alone; old_logp and advantages are detached. Raises ValueError for
+    an unknown `ratio`.
 
-    clip_low, clip_high: the paper has one symmetric clip, without a number. The defaults 0.2 and
-    0.3 are the release's; two different bounds come from DAPO (arXiv 2503.14476).
+    clip_low, clip_high: the paper has one symmetric clip, without a number; 0.2 is ours. The
+    release has 0.2 and 0.3; two different bounds come from DAPO (arXiv 2503.14476).
     dual_clip: where A < 0, the loss is at most dual_clip * |A|, however large rho is
-    (arXiv 1912.09729). None: no such bound. The paper has none; the default 3 is the release's.
+    (arXiv 1912.09729). None, not 0: no such bound, as in the paper. The release has 3.
     ratio: "token" is Eq. 2. "sequence" is one ratio per response, exp of the mean of
     logp - old_logp over its tokens (GSPO, arXiv 2507.18071); GSPO clips at 3e-4 and 4e-4.
     """
@@ -92,7 +95,7 @@ def policy_loss(
     if ratio == "sequence":
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         log_rho = (log_rho.sum(1, keepdim=True) / lengths).expand_as(log_rho)
-    rho = log_rho.exp()
+    rho = log_rho.clamp(max=LARGEST_LOG).exp()
     loss = torch.max(-rho * advantages, -rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is None:
         return loss
@@ -105,8 +108,11 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     d = ref_logp - logp, any shape. Its expectation is the KL divergence when the tokens are the
     student's own samples (k3 in http://joschu.net/blog/kl-approx.html; used by GRPO, arXiv
     2402.03300). It stands for D_KL in Eq. 3. The gradient flows through logp; ref_logp is detached.
+
+    TRAP: only the value is unbiased. The gradient in logp is 1 - exp(d); its expectation is the
+    gradient of KL(reference || student). No ratio corrects for samples of an older policy.
     """
-    difference = ref_logp.detach() - logp
+    difference = (ref_logp.detach() - logp).clamp(max=LARGEST_LOG)
     return torch.expm1(difference) - difference
 
 
@@ -127,8 +133,8 @@ def full_jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 
         1/2 KL(q || m) + 1/2 KL(p || m),    m = (p + q) / 2,    p student, q teacher
 
-    It lies in [0, ln 2] (Eq. 43). The teacher is detached. The gradient in the student's logits z
-    is Eq. 42: 1/2 p_v (log(p_v / m_v) - E_{u ~ p} log(p_u / m_u)).
+    It lies in [0, ln 2] (Eq. 43). The teacher is detached. The gradient in z, the student's logits
+    after the temperature, is Eq. 42: 1/2 p_v (log(p_v / m_v) - E_{u ~ p} log(p_u / m_u)).
     """
     log_p = _log_probs(student_logits, temperature)
     log_q = _log_probs(teacher_logits.detach(), temperature)
@@ -149,7 +155,8 @@ def topk_jsd(
     The support S is the union of the student's and the teacher's k most probable tokens. Both
     models keep their exact probabilities on S; all their other mass goes into one more bucket, the
     tail. The result is the JSD of these two (|S| + 1)-way distributions. Therefore
-    0 <= topk_jsd <= full_jsd <= ln 2 (Eq. 43, 62), and topk_jsd equals full_jsd if k >= V.
+    0 <= topk_jsd <= full_jsd <= ln 2 (Eq. 43, 62; up to rounding), and topk_jsd equals full_jsd if
+    k >= V. The temperature divides both models' logits.
 
     The gradient is the divergence's own (Eq. 41, 42, on the buckets), with S held fixed; the
     teacher is detached. Raises ValueError for k < 1, for an unknown `divergence` or `support`, and
@@ -259,10 +266,11 @@ def scores_from_hidden(
     are never in memory together. So memory grows with N K, not with N V (Eq. 65, 66).
 
     hidden (N, H): the student's state before each sampled token ids (N,). teacher_hidden (N, H'):
-    the teacher's states at the same tokens; None: no teacher, and the third result is None. The
-    heads are Linear layers over one vocabulary, with or without bias. They may be the same layer
-    or tied to an embedding. banned: token ids that cannot be sampled, also those that only pad the
-    vocabulary; both models get -inf there. Under autocast the heads compute in its type, as usual.
+    the teacher's states at the same tokens, and teacher_head; None: no teacher, and the third
+    result is None. The heads are Linear layers over one vocabulary, with or without bias. They may
+    be the same layer or tied to an embedding. banned: token ids that cannot be sampled, also those
+    that only pad the vocabulary; both models get -inf there. Under autocast the heads multiply in
+    its type, as usual: bfloat16 rounds logits near 27 by up to 0.06.
 
     The gradient flows through log-probability and JSD to hidden and to the student's head, where
     they require it. Entropy and teacher are detached. Raises ValueError as topk_jsd does and for
@@ -429,11 +437,11 @@ def _bucket_logits_(logits: Tensor, ids: Tensor, is_duplicate: Tensor, temperatu
 
 
 def _softmax_outside_(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Softmax of logits (n, V) / temperature over all tokens but ids (n, S): the rest.
+    """Softmax of logits (n, V) / temperature over all tokens but ids (n, 1 + S): the rest.
 
     Returns outside (n, V), which is 0 at ids; its sum total (n, 1), at least 1, also where ids
-    leave no token; and the log-sum-exp (n, 1). The softmax is outside / total. Overwrites `logits`
-    where they are float32 or float64, so that there is no second copy.
+    leave no token; and the log-sum-exp (n, 1). The softmax is outside / total. Overwrites `logits`,
+    in half precision at ids alone, so that there is no second copy in float32.
     """
     outside = _at_least_float32(logits.scatter_(-1, ids, -math.inf)).div_(temperature)
     largest = outside.amax(-1, keepdim=True).clamp(min=NEG)

@@ -75,10 +75,10 @@ class PTDPOConfig:
         choices=("all", "untutored"),
     )
     clip_low: float = option(
-        0.2, "the ratio is clipped below at 1 - this (paper: symmetric)", at_least=0, below=1
+        0.2, "ratio clipped below at 1 - this (paper: symmetric; 0.2 is ours)", at_least=0, below=1
     )
     clip_high: float = option(
-        0.2, "the ratio is clipped above at 1 + this (paper: symmetric)", at_least=0
+        0.2, "ratio clipped above at 1 + this (paper: symmetric; 0.2 is ours)", at_least=0
     )
     dual_clip: float = option(
         0.0,
@@ -113,9 +113,9 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
 def route(correct: Tensor, can_tutor: Tensor, tau: float = 1.0) -> Tensor:
     """Which responses are tutored, (N, G) bool: the failed ones of groups below tau (Eq. 7, 8).
 
-    correct (N, G) bool, from the verifier and never from the reward, whose scale differs between
-    recipes. can_tutor (N,) bool: the teacher has a chat for the question, and lam is not 0. With
-    tau 1 every group with a failure is tutored.
+    correct (N, G) bool, from the verifier and never from the reward: with its format share, 0.1 by
+    default, a failed response can have 0.1 and a right one 0.9. can_tutor (N,) bool: the teacher
+    has a chat for the question, and lam is not 0. With tau 1 every group with a failure is tutored.
     """
     correct = correct.bool()
     below = correct.float().mean(1) < tau
@@ -126,7 +126,8 @@ def route(correct: Tensor, can_tutor: Tensor, tau: float = 1.0) -> Tensor:
 class ResponseWeights(NamedTuple):
     """What each token of a response counts in the three means; 0: the response is not in it.
 
-    Three float tensors of one shape: (N, G) for an optimizer step, (B,) for a micro-batch.
+    Three float tensors of one shape: (n, G) for a process's n questions of an optimizer step, (B,)
+    for a micro-batch.
     """
 
     policy: Tensor
@@ -141,23 +142,22 @@ def response_weights(
     longest: int,
     sum_over_processes: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> ResponseWeights:
-    """The weights of all responses of an optimizer step: N questions, on all processes together.
+    """The weights (n, G) of this process's n questions in an optimizer step of N questions.
 
-    lengths (N, G): tokens T_i per response, EOS included; 0 for a response that is left out of the
-    loss. tutored (N, G) bool: from `route`. longest: the limit on a response's length, T_max.
+    lengths (n, G): tokens T_i per response, EOS included; 0 for a response that is left out of the
+    loss. tutored (n, G) bool: from `route`. longest: the limit on a response's length, T_max.
     sum_over_processes: sums a tensor of counts over the processes that share the step, so that the
-    means do not depend on how the questions are spread.
+    means do not depend on how the N questions are spread.
 
         policy  Eq. 3      1 / (R T_i) for R responses in the loss, N G of them if none is left out
-        kl      Eq. 3      the same mean, over the responses that kl_on names
+        kl      Eq. 3      the same; kl_on "untutored" puts 0 in groups with a tutored response,
+                           and leaves R as it is (release)
         tutor   Eq. 8, 11  1 / (N |F_x|), F_x the tutored tokens of the question; 0 if it has none
 
     The other settings of `aggregate` and `tutor_mean` are in `mean_weights`.
     """
     in_loss = lengths > 0
-    with_kl = in_loss
-    if config.kl_on == "untutored":
-        with_kl = in_loss & ~tutored.any(1, keepdim=True)
+    in_tutored_group = tutored.any(1, keepdim=True)
     tutored = in_loss & tutored
 
     def weights(kind: str, responses: Tensor) -> Tensor:
@@ -165,15 +165,13 @@ def response_weights(
 
     if config.tutor_mean == "question":
         questions = sum_over_processes(torch.tensor(float(len(lengths))))
-        tutored_tokens = (lengths * tutored).sum(1, keepdim=True).clamp(min=1)  # (N, 1)
+        tutored_tokens = (lengths * tutored).sum(1, keepdim=True).clamp(min=1)  # (n, 1)
         tutor = tutored / (questions * tutored_tokens.double())
     else:
         tutor = weights("token", tutored)
-    return ResponseWeights(
-        policy=weights(config.aggregate, in_loss),
-        kl=weights(config.aggregate, with_kl),
-        tutor=tutor,
-    )
+    policy = weights(config.aggregate, in_loss)
+    kl = policy * ~in_tutored_group if config.kl_on == "untutored" else policy
+    return ResponseWeights(policy, kl, tutor)
 
 
 def mean_weights(
@@ -183,7 +181,7 @@ def mean_weights(
     longest: int,
     sum_over_processes: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Weights (N, G) of a mean over the tokens of some responses, (N, G) bool; 0 for the others.
+    """Weights (n, G) of a mean over the tokens of some responses, (n, G) bool; 0 for the others.
 
     "response": 1 / (their number * own tokens). "token": 1 / all their tokens. "fixed": 1 / (their
     number * longest). Arguments as in `response_weights`.
@@ -211,13 +209,15 @@ def ptdpo_loss(
     """One micro-batch's share of the step's loss (Eq. 12); shares add up to L over the step.
 
     logp (B, T): log-probs of the sampled tokens under the student, with gradient. old_logp (B, T):
-    the same when they were sampled; it equals logp in the first step after a rollout, where no clip
-    acts. advantages (B,). mask (B, T) bool: response tokens, EOS included. weights: of these B
-    responses. teacher_divergence (B, T): Top-K JSD to the teacher, with gradient, read where
-    weights.tutor > 0; None: nothing is tutored. reference_logp (B, T): log-probs under the
-    reference without a hint, read where weights.kl > 0; None: no penalty.
+    those under the policy that sampled, scored as logp is and not the sampler's own; up to rounding
+    it equals logp in the first step after a rollout, where no clip acts. advantages (B,). mask (B,
+    T) bool: response tokens, EOS included. weights: of these B responses. teacher_divergence (B,
+    T): Top-K JSD to the teacher, with gradient, read where weights.tutor > 0; None: nothing is
+    tutored. reference_logp (B, T): log-probs under the reference without a hint, read where
+    weights.kl > 0; None: no penalty.
 
-    Returns the loss and its three parts, unweighted and detached.
+    Returns the loss and, detached and before lam and beta_kl, its parts: policy_loss, and
+    tutor_loss and kl where their input is given.
     """
     policy = policy_loss(
         logp,

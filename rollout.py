@@ -81,8 +81,9 @@ def student_messages(question: Question) -> list[dict]:
 class Prompt:
     """One encoded chat about a question.
 
-    ids, types (P,) long: tokens, and 1 at image tokens. pixels, grid: of all its images, or None.
-    pixels are patches, 4 per image token, or, after plumbing.images.encode_images, features.
+    ids, types (P,) long: tokens, and 1 at image tokens. pixels (patches, values), 4 patches per
+    image token, or, after plumbing.images.encode_images, features; grid (images, 3): time, height
+    and width in patches. Both are of all its images, or None.
     """
 
     question: Question
@@ -97,8 +98,8 @@ def encode_prompts(
 ) -> list[Prompt]:
     """Render the chats, turn images into patches, expand image tokens. On the CPU.
 
-    images: each question's pixels and grid, where a prompt has them already: the teacher's chat
-    shows the student's images. Without it they are encoded, in threads.
+    images: a pair (pixels, grid) per question, where a prompt has them already: the teacher's chat
+    shows the student's images. Without it they are made here, in threads.
     """
     images = images or patches_of_questions(processor, questions)
     prompts = []
@@ -229,9 +230,10 @@ def repeat_rows(x: Tensor, rows: Tensor) -> Tensor:
 def prefill(model, prompts: dict[str, Tensor], prompt_of: Tensor):
     """Run each of U prompts once, images included, for the B rows that continue them.
 
-    Returns, with gradient where it is enabled: the state that predicts the first response token
-    (B, 1, H), the cache (B rows), the attention mask (B, P), and the position of the first response
-    token (B, 1).
+    prompts: of pad_prompts. prompt_of (B,) long: each row's prompt. TRAP: prompts must be padded on
+    the left, as the last column is read. Returns, with gradient where it is enabled: the state that
+    predicts the first response token (B, 1, H), the cache (B rows), the attention mask (B, P), and
+    the position of the first response token (B, 1).
 
     TRAP: with a cache, position ids must be given: left alone, the model counts an image's tokens
     one by one, and no error says so. rope_deltas is state that the last prefill left on the model,
@@ -331,9 +333,10 @@ def sample_groups(
     Each prompt runs once. Its G responses decode from there, in slots beside those to other
     prompts; where a response has ended, the next one begins. EOS is kept. keys: one text per prompt
     that seeds its draws (default: the question's id), so that slots, order and processes do not
-    change what is drawn. sample_mb: MiB for the slots. Where memory runs out all the same, their
-    number is halved, once, with a message. watch: called every few tokens, see
-    plumbing.decoding.Slots.decode. The model's training mode is restored.
+    change what is drawn. TRAP: with equal keys a second call draws the same. sample_mb: MiB for the
+    slots. Where memory runs out all the same, their number is halved, once, with a message. watch:
+    called every few tokens, see plumbing.decoding.Slots.decode. The model's training mode is
+    restored.
     """
     keys = keys or [prompt.question.id for prompt in prompts]
     tokenizer = processor.tokenizer
@@ -416,9 +419,9 @@ def verify(response: str, question: Question, same=same_answer) -> bool:
 def reward(response: str, correct: bool, format_weight: float = 0.0, think: bool = False) -> float:
     """(1 - format_weight) * correct + format_weight * well-formed. Routing never reads it.
 
-    Well-formed: the response has a non-empty \\boxed{} (paper, table 3: 0.9 accuracy + 0.1
-    format). think: besides, the box stands behind thinking that is closed once, as in the
-    release. The opening tag is not asked for, as a thinking model's template may have put it into
+    Paper, table 3: format_weight 0.1. What is well-formed is ours: a non-empty \\boxed{}. think:
+    besides, it stands behind thinking that is closed once, as EasyR1, the release's base, asks for.
+    The opening tag is not asked for, as a thinking model's template may have put it into
     the prompt.
     """
     thought, closing_tag, conclusion = response.partition("</think>")

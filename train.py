@@ -85,7 +85,7 @@ class TrainConfig(PTDPOConfig, RunConfig):
     )
     format: str = option(
         "boxed",
-        "boxed answer; think: closed thinking, then a boxed answer (release)",
+        "boxed answer; think: closed thinking, then a boxed answer (as EasyR1, the release's base)",
         choices=("boxed", "think"),
     )
     mask_truncated: bool = option(
@@ -232,8 +232,9 @@ class Trainer(Engine):
     def record_old_logp(self, responses: list[Response]) -> None:
         """Fill in the log-probs under the policy that sampled (pi_old, Eq. 2).
 
-        responses: of one optimizer step. They are scored exactly as `loss` does: another path or
-        other micro-batches would round otherwise, and the first ratio would not be 1.
+        responses: of one optimizer step, scored on the path and in the micro-batches of `loss`:
+        others would round otherwise, and the first ratio would not be 1. Tutored tokens meet no
+        teacher here, so theirs is 1 up to about 1e-6.
         """
         self.student.train()
         for part in self.until_stopped(self.micro_batches(responses)):
@@ -351,7 +352,8 @@ class Trainer(Engine):
         """Accuracy and mean length of one response per question, and the ids of what was right.
 
         messages: the function that makes a question's chat. student_messages is the measure; with
-        others only questions with a hint are asked. Over all processes.
+        others only questions with a hint are asked. Over all processes. The draws depend on the
+        question alone: they are the same in each evaluation, whatever the seed.
         """
         accelerator = self.accelerator
         if messages is not student_messages:
@@ -391,7 +393,8 @@ def train(trainer: Trainer, stream, held_out: list[Question], run: runs.Run) -> 
         # 5: the teacher reads the hint and scores what failed; the student is pulled toward it
         numbers = trainer.score([response for group in groups_of_step for response in group])
         numbers |= trainer.step()  # 6
-        metrics = {"step": step, **trainer.mean_over_processes(statistics), **numbers}  # 7
+        # 7: statistics are the rollout's, and repeated in each of its steps
+        metrics = {"step": step, **trainer.mean_over_processes(statistics), **numbers}
         metrics |= {"sample_seconds": sampled - began, "update_seconds": time.time() - sampled}
         run.log(trainer, held_out, metrics)
         if not groups:  # between two rollouts

@@ -14,6 +14,7 @@ RECIPES = {
     "release": {
         "aggregate": "token",
         "tutor_mean": "step",
+        "support": "student",
         "kl_on": "untutored",
         "clip_high": 0.3,
         "dual_clip": 3.0,

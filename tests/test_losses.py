@@ -465,11 +465,11 @@ def test_scores_of_no_tokens_keep_the_graph():
 
 # -------------------------------------------------------------------------------- policy gradient
 def test_policy_loss_by_hand():
-    # A = 1: unclipped, A, clipped at 1.3. A = -1: clipped at 0.8, A, unclipped, dual clip at 3
+    # A = 1: unclipped, A, clipped at 1.2. A = -1: clipped at 0.8, A, unclipped, unclipped
     ratios = [0.5, 1.0, 1.6, 0.5, 1.0, 1.6, 9.0]
     advantages = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]]).double()
-    expected = [-0.5, -1.0, -1.3, 0.8, 1.0, 1.6, 3.0]
-    gradient = [-0.5, -1.0, 0.0, 0.0, 1.0, 1.6, 0.0]
+    expected = [-0.5, -1.0, -1.2, 0.8, 1.0, 1.6, 9.0]
+    gradient = [-0.5, -1.0, 0.0, 0.0, 1.0, 1.6, 9.0]
     logp = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
     old, mask = torch.zeros(1, 7).double(), torch.ones(1, 7, dtype=torch.bool)
     loss = policy_loss(logp, old, advantages, mask)
@@ -477,10 +477,11 @@ def test_policy_loss_by_hand():
     loss.sum().backward()
     np.testing.assert_allclose(logp.grad.numpy()[0], gradient, atol=1e-12)
 
-    free = policy_loss(logp, old, advantages, mask, dual_clip=None)
-    assert abs(free[0, -1].item() - 9.0) < 1e-9
+    dual = policy_loss(logp, old, advantages, mask, dual_clip=3.0)
+    assert dual.tolist()[0][:-1] == loss.tolist()[0][:-1] and dual[0, -1].item() == 3.0
+    assert torch.autograd.grad(dual.sum(), logp)[0][0, -1] == 0
     narrow = policy_loss(logp, old, advantages, mask, clip_low=0.6, clip_high=0.1)
-    expected = [-0.5, -1.0, -1.1, 0.5, 1.0, 1.6, 3.0]
+    expected = [-0.5, -1.0, -1.1, 0.5, 1.0, 1.6, 9.0]
     np.testing.assert_allclose(narrow.detach().numpy()[0], expected, rtol=1e-12)
     with pytest.raises(ValueError, match="token or sequence"):
         policy_loss(logp, old, advantages, mask, ratio="sentence")
@@ -495,7 +496,8 @@ def test_sequence_ratio_by_hand():
     logp = ratios.log().requires_grad_()
     advantages = torch.tensor([[1.0], [-2.0], [-1.0]]).double().expand(3, 3)
     old = torch.zeros(3, 3).double()
-    loss = policy_loss(logp, old, advantages, mask, clip_high=0.05, ratio="sequence")
+    settings = {"clip_high": 0.05, "dual_clip": 3.0, "ratio": "sequence"}
+    loss = policy_loss(logp, old, advantages, mask, **settings)
     # clipped at 1.05; A < 0 and above the low clip; dual clip
     expected = np.repeat([[-1.05], [2.2], [3.0]], 3, axis=1)
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-12)
@@ -512,6 +514,17 @@ def test_values_outside_the_mask_reach_neither_loss_nor_gradient(ratio):
     weighted_sum(loss, mask, torch.ones(1)).backward()
     assert torch.isfinite(logp.grad).all() and (logp.grad[0, 1:] == 0).all()
     assert logp.grad[0, 0] != 0
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_that_no_float_holds_leaves_the_gradient_finite(advantage):
+    """exp(100) is inf in float32; the clip hides it from the loss alone."""
+    logp = torch.tensor([[100.0, -100.0, 0.1]], requires_grad=True)
+    old, mask = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    loss = policy_loss(logp, old, torch.full((1, 3), advantage), mask) + k3_kl(logp, old)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(logp.grad).all()
+    assert logp.grad[0, 2] == pytest.approx(-advantage * math.exp(0.1) + 1 - math.exp(-0.1))
 
 
 # -------------------------------------------------------------------------------------- reduction

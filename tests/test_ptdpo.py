@@ -37,6 +37,12 @@ def test_advantages_by_hand():
     assert torch.equal(advantages[1], torch.zeros(4, dtype=torch.float64))
 
 
+def test_a_failed_group_of_mixed_format_learns_the_format():
+    """Eq. 67-69 are about accuracy; the format's share of the reward still has a contrast."""
+    [advantages] = group_advantages(torch.tensor([[0.1, 0.0, 0.0, 0.0]], dtype=torch.float64))
+    np.testing.assert_allclose(advantages.numpy(), [1.5, -0.5, -0.5, -0.5], rtol=1e-4)
+
+
 def test_equal_rewards_whose_mean_is_another_float():
     """Divided by eps, the difference would be an advantage of 0.056."""
     rewards = torch.full((1, 8), 0.9)
@@ -94,11 +100,11 @@ POLICY = {
     "token": [[1 / 32, 0, 1 / 32], [1 / 32] * 3, [0, 1 / 32, 1 / 32], [1 / 32] * 3],
     "fixed": [[1 / 80, 0, 1 / 80], [1 / 80] * 3, [0, 1 / 80, 1 / 80], [1 / 80] * 3],
 }
-# question 1 alone: 3 responses with 9 tokens
+# question 1 alone, in a mean over all 10 responses with 32 tokens
 KL_UNTUTORED = {
-    "response": [[0] * 3, [1 / 3, 1 / 15, 1 / 9], [0] * 3, [0] * 3],
-    "token": [[0] * 3, [1 / 9] * 3, [0] * 3, [0] * 3],
-    "fixed": [[0] * 3, [1 / 24] * 3, [0] * 3, [0] * 3],
+    "response": [[0] * 3, [1 / 10, 1 / 50, 1 / 30], [0] * 3, [0] * 3],
+    "token": [[0] * 3, [1 / 32] * 3, [0] * 3, [0] * 3],
+    "fixed": [[0] * 3, [1 / 80] * 3, [0] * 3, [0] * 3],
 }
 # 6 tutored tokens in question 0, and 3 in question 3; 4 questions, and 9 tutored tokens
 TUTOR = {
@@ -149,13 +155,16 @@ def test_weights_where_all_responses_are_left_out(means):
 
 @of_all_means
 def test_weights_of_all_tokens_add_up_to_1(means):
-    """Except those of "fixed", which no mean divides, and of "question": half the questions."""
+    """Except those of "fixed", which no mean divides, of "question": half the questions, and of a
+    KL penalty on question 1 alone: 3 of 10 responses, 9 of 32 tokens."""
     weights = response_weights(PTDPOConfig(**means), LENGTHS, TUTORED, LONGEST)
     policy, kl, tutor = ((LENGTHS * table).sum().item() for table in weights)
     fixed = means["aggregate"] == "fixed"
-    in_kl = (10, 32) if means["kl_on"] == "all" else (3, 9)  # responses, tokens
+    of_question_1 = {"response": 3 / 10, "token": 9 / 32, "fixed": 9 / 80}
     assert policy == pytest.approx(32 / 80 if fixed else 1)
-    assert kl == pytest.approx(in_kl[1] / (in_kl[0] * LONGEST) if fixed else 1)
+    assert kl == pytest.approx(
+        policy if means["kl_on"] == "all" else of_question_1[means["aggregate"]]
+    )
     assert tutor == pytest.approx(1 / 2 if means["tutor_mean"] == "question" else 1)
 
 
@@ -225,16 +234,14 @@ def plain_question_mean(values, lengths, tutored):
 
 def plain_means(means, values, lengths, tutored, longest):
     """Policy, KL and tutoring: the means of one table of values (N, G, T)."""
-    untutored = ~tutored.any(1) if means["kl_on"] == "untutored" else np.full(len(lengths), True)
-    chosen = {
-        "policy": np.full_like(tutored, True),
-        "kl": np.repeat(untutored[:, None], tutored.shape[1], axis=1),
-        "tutor": tutored,
-    }
-    kinds = {"policy": means["aggregate"], "kl": means["aggregate"], "tutor": "token"}
+    penalised = values.copy()
+    if means["kl_on"] == "untutored":
+        penalised[tutored.any(1)] = 0
+    everything = np.full_like(tutored, True)
     plain = {
-        name: plain_mean(values[rows], lengths[rows], kinds[name], longest)
-        for name, rows in chosen.items()
+        "policy": plain_mean(values[everything], lengths[everything], means["aggregate"], longest),
+        "kl": plain_mean(penalised[everything], lengths[everything], means["aggregate"], longest),
+        "tutor": plain_mean(values[tutored], lengths[tutored], "token", longest),
     }
     if means["tutor_mean"] == "question":
         plain["tutor"] = plain_question_mean(values, lengths, tutored)

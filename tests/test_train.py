@@ -204,10 +204,8 @@ def plain_policy_loss(config, logp, response, groups):
 
 def plain_kl(config, logp, reference_logp, group, groups):
     """A response's share of the KL penalty; 0 for a group with tutoring, in the release."""
-    if config.kl_on == "untutored":
-        if any(r.tutored for r in group):
-            return 0.0
-        groups = [other for other in groups if not any(r.tutored for r in other)]
+    if config.kl_on == "untutored" and any(r.tutored for r in group):
+        return 0.0
     difference = reference_logp - logp
     k3 = torch.exp(difference) - 1 - difference
     return plain_mean(config.aggregate, k3, in_loss(flat(groups)), config)
