@@ -2,7 +2,7 @@
 
     python -m pip install -r bench/requirements.txt
     python bench/bench_losses.py            # 15 minutes on 2 cores, 14 GiB
-    python bench/bench_losses.py --sweep    # extra peak memory against T as well
+    python bench/bench_losses.py --sweep    # extra peak memory against T as well; 20 GiB
     python bench/bench_losses.py --figure docs/losses_memory.png    # draw the measured sweep
 
 T 512, H 1536, V 151,936 (the head of Qwen2-VL-2B); on a GPU: bfloat16, T 4096 and 8192. Each

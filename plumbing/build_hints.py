@@ -190,20 +190,19 @@ class Expert:
 
 def choose_experts(args: argparse.Namespace) -> list[Expert]:
     """The expert of --model, and the one of --fallback-model if it is given."""
-    limits = (args.timeout, args.max_new_tokens or REPLY_TOKENS)
+    longest = args.max_new_tokens or REPLY_TOKENS
     if args.api_base:
-        ask = server_expert(args.api_base, args.model, *limits)
+        ask = server_expert(args.api_base, args.model, args.timeout, longest)
     else:
         with one_line_errors("--model", args.model):
-            ask = local_expert(args.model, args.max_new_tokens)
+            ask = local_expert(args.model, longest)
     experts = [Expert(args.model, ask, retry_cut_off=not args.fallback_model)]
     if args.fallback_api_base:
-        ask = server_expert(
-            args.fallback_api_base, args.fallback_model, *limits, key_name="FALLBACK_API_KEY"
-        )
+        server = (args.fallback_api_base, args.fallback_model, args.timeout, longest)
+        ask = server_expert(*server, key_name="FALLBACK_API_KEY")
         experts.append(Expert(args.fallback_model, ask, retry_cut_off=True))
     elif args.fallback_model:
-        ask = late_expert(args.fallback_model, args.max_new_tokens)
+        ask = late_expert(args.fallback_model, longest)
         experts.append(Expert(args.fallback_model, ask, retry_cut_off=True))
     return experts
 

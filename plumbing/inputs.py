@@ -78,6 +78,8 @@ def read_inputs(config: TrainConfig, world, world_size: int) -> Inputs:
         made_for = "" if embedded else " for real models, 448 pixels"
         note = f"questions: built-in puzzles{made_for}, all with a hint"
         stream = world.PuzzleStream(config.seed, embedded)
+    if config.data and not config.eval_data:
+        note += "\nevaluated on built-in puzzles, as there is no --eval-data"
     note += reader.left_out()
     held_out = held_out[: config.eval_questions]
     return Inputs(stream, held_out, note, folder, processor, same_answer)

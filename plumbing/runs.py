@@ -362,7 +362,8 @@ class Run:
 def evaluate_both(trainer: Trainer, held_out: list[Question]) -> dict:
     """The student on plain prompts, which is the measure, and its accuracy with the hint.
 
-    length, questions and seconds: of the evaluation on plain prompts.
+    hinted: None where no held-out question has a hint. length, questions and seconds: of the
+    evaluation on plain prompts.
     """
     began = time.time()
     plain = trainer.evaluate(held_out)
@@ -370,7 +371,7 @@ def evaluate_both(trainer: Trainer, held_out: list[Question]) -> dict:
     hinted = trainer.evaluate(held_out, teacher_messages)
     return {
         "plain": plain["accuracy"],
-        "hinted": hinted["accuracy"],
+        "hinted": hinted["accuracy"] if hinted["questions"] else None,
         "length": plain["length"],
         "questions": plain["questions"],
         "seconds": seconds,
@@ -442,8 +443,9 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: TrainConfig) 
 
 # ----------------------------------------------------------------------------------- what is logged
 def evaluation_row(both: dict) -> dict:
-    """The numbers of evaluate_both as the log names them."""
-    return {"eval_plain": both["plain"], "eval_hinted": both["hinted"]}
+    """The numbers of evaluate_both as the log names them; not one that was not measured."""
+    row = {"eval_plain": both["plain"], "eval_hinted": both["hinted"]}
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def rollout_statistics(groups: list[list[Response]], config: TrainConfig) -> dict[str, float]:
@@ -522,7 +524,10 @@ def print_summary(table: dict, folder: RunFolder, trainer: Trainer) -> None:
         ("response length, tokens", "length", 1, ""),
     ):
         digits = 2 if key == "entropy" else 1
-        numbers = [f"{scale * values[key]:9.{digits}f}" for values in (before, after)]
+        numbers = [
+            f"{'-':>9s}" if values[key] is None else f"{scale * values[key]:9.{digits}f}"
+            for values in (before, after)
+        ]
         print(f"{label:30s}{numbers[0]}{numbers[1]} {unit}")
     print(
         f"({before['questions']} held-out questions, {sampling}; entropy of the sampled responses, "

@@ -145,8 +145,8 @@ class RunConfig:
     )
     micro_tokens: int = option(
         4096,
-        "tokens in one forward pass, per process: prompts, once for all their responses, "
-        "responses, padding; a larger response goes alone and recomputes its activations",
+        "most tokens in one forward pass, per process: each prompt once, its responses, padding; "
+        "a larger response goes alone and recomputes its activations",
         at_least=1,
     )
     gradient_checkpointing: bool = option(
@@ -161,8 +161,8 @@ class RunConfig:
     )
     sample_mb: float = option(
         0,
-        "MiB for the sequences that decode together, per process; 0: 80 % of the GPU's free "
-        "memory, on a CPU 4096",
+        "MiB for the sequences that decode together, per process; 0: 80 % of what is free (on a "
+        "CPU at most 4096 count as free)",
         at_least=0,
     )
     eval_every: int = option(50, "steps between evaluations", at_least=1)

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from plumbing import experts
+from plumbing import build_hints, experts
 from plumbing.build_hints import main, overlay
 from plumbing.hint_file import load_hints
 
@@ -432,7 +432,10 @@ def test_a_second_expert_without_access_ends_the_run(serve, tmp_path, capsys, mo
     assert "HTTP 401" in printed and "FALLBACK_API_KEY" in printed
 
 
-def test_a_local_second_expert_is_loaded_once_and_only_if_needed(serve, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options, longest", [(["--max-new-tokens", "99"], 99), ([], 16384)])
+def test_a_local_second_expert_is_loaded_once_and_only_if_needed(
+    serve, tmp_path, monkeypatch, options, longest
+):
     loaded = []
 
     def load(path, max_new_tokens):
@@ -442,15 +445,29 @@ def test_a_local_second_expert_is_loaded_once_and_only_if_needed(serve, tmp_path
 
     monkeypatch.setattr(experts, "local_expert", load)
     write_data(tmp_path, [f"question {i}" for i in range(4)])
-    fallback = ["--fallback-model", "local", "--max-new-tokens", "99"]
+    fallback = ["--fallback-model", "local", *options]
     good = serve(lambda question, before: FINE)
     assert command(good, tmp_path, *fallback) == 0
     assert loaded == []
     (tmp_path / "h.jsonl").unlink()
     refuses = serve(lambda question, before: EMPTY)
     assert command(refuses, tmp_path, *fallback, "--parallel", "4") == 0
-    assert loaded == [("local", 99)]
+    assert loaded == [("local", longest)]
     assert [record["by"] for record in hints_lines(tmp_path)] == ["local"] * 4
+
+
+def test_a_local_first_expert_has_the_same_limit(tmp_path, monkeypatch):
+    asked = []
+
+    def load(path, max_new_tokens):
+        asked.append((path, max_new_tokens))
+        return lambda question, messages: GOOD
+
+    monkeypatch.setattr(build_hints, "local_expert", load)
+    write_data(tmp_path, ["question"])
+    [data, out] = (str(tmp_path / name) for name in ("d.jsonl", "h.jsonl"))
+    assert main(["--data", data, "--out", out, "--model", "local"]) == 0
+    assert asked == [("local", 16384)]
 
 
 def test_a_second_expert_that_cannot_be_loaded_ends_the_run_in_one_line(

@@ -167,13 +167,16 @@ HINTED = [
     {"question": "c?", "answer": "1"},
 ]
 LEFT = Hint(steps=("count the left ones",))
+NO_EVAL_DATA = "\nevaluated on built-in puzzles, as there is no --eval-data"
 
 
 def read_hinted(folder, **settings):
     """The hints that are left to the questions of HINTED, and the note."""
     write_lines(folder / "d.jsonl", HINTED)
     inputs = read(data="d.jsonl", max_hint_tokens=30, **settings)
-    return [question.hint for question in inputs.stream.questions], inputs.note
+    note = inputs.note.removesuffix(NO_EVAL_DATA)
+    assert (note != inputs.note) == ("eval_data" not in settings)
+    return [question.hint for question in inputs.stream.questions], note
 
 
 def test_unusable_hints_are_dropped_and_counted(folder):

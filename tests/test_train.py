@@ -1,6 +1,7 @@
 """train.py: what a run leaves behind, that its gradient is the method's, and who is tutored."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -626,6 +627,14 @@ def test_evaluation_counts_every_question_once(trainer):
     assert hinted["accuracy"] > plain["accuracy"]
     questions[0].hint = None
     assert trainer.evaluate(questions, teacher_messages)["questions"] == 9
+
+
+def test_without_hints_of_held_out_questions_there_is_no_accuracy_with_them(folder, capsys):
+    """Not 0 %, which would read as a failure."""
+    write_jsonl(folder / "d.jsonl", [{"question": "How many points ?", "answer": "7"}] * 2)
+    train.main([*TINY, "--name", "t", "--eval-data", "d.jsonl"])
+    assert re.search(r"accuracy, with the hint +- +- %", capsys.readouterr().out)
+    assert all("eval_hinted" not in row for row in logged(folder / "runs" / "t"))
 
 
 # ----------------------------------------------------------------------------------------- bfloat16
