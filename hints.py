@@ -76,7 +76,7 @@ class Hint:
     def from_json(cls, value: str | dict) -> Hint:
         """From an object (or its JSON text) with look, ignore, steps; another text is one step.
 
-        Raises ValueError that names the wrong field.
+        A part may be missing or None. Raises ValueError that names the wrong field.
         """
         if isinstance(value, str):
             if not value.lstrip().startswith("{"):
@@ -87,6 +87,7 @@ class Hint:
                 "a hint is a text or an object with look, ignore, steps; "
                 f"got {type(value).__name__}"
             )
+        value = {name: part for name, part in value.items() if part is not None}
         unknown = sorted(set(value) - {"look", "ignore", "steps"})
         if unknown:
             raise ValueError(f"unknown hint field {unknown[0]!r}; known: look, ignore, steps")

@@ -250,7 +250,9 @@ def distil_right_responses(patches: Patches, train) -> None:
         mask = torch.zeros(len(groups), trainer.config.group_size, dtype=torch.bool)
         questions = [groups[n][0].question for n in failed]
         prompts = trainer.read(questions, lambda q: train.teacher_messages(q, "answer"))
-        for n, drawn in zip(failed, trainer.respond(prompts, mask.shape[1]), strict=True):
+        # TRAP: the log's sampling times are those of the last call, which needs a prompt
+        drawn_again = trainer.respond(prompts, mask.shape[1]) if prompts else []
+        for n, drawn in zip(failed, drawn_again, strict=True):
             right = [r for r in drawn if train.verify(r.text, r.question, trainer.same_answer)]
             for g, response in enumerate(right):
                 # drawn with the answer shown, so its log-probs make the logged sampler_gap large

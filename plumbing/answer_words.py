@@ -101,7 +101,9 @@ def _in_small(match: re.Match) -> str:
 
 
 def _slashed(match: re.Match) -> str:
-    top, bottom = (part.strip() for part in (match[1] or match[2], match[3] or match[4]))
+    # TRAP: a group that matched may be empty, as in \frac{}{2}
+    top = match[2] if match[1] is None else match[1].strip()
+    bottom = match[4] if match[3] is None else match[3].strip()
     return f"{_as_atom(top)}/{_as_atom(bottom)}"
 
 

@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -32,7 +33,8 @@ from plumbing.attention import check_layers
 from plumbing.data import Columns, load_questions
 from plumbing.experts import late_expert, load_expert, local_expert, one_line_errors, server_expert
 from plumbing.hint_file import load_hints, open_results, write_hints
-from plumbing.images import open_image, quiet_loading
+from plumbing.images import load_processor, open_image, quiet_loading
+from plumbing.inputs import check_prompt, special_tokens
 from plumbing.own_hints import OwnHints, OwnResponses, layers_for
 from plumbing.places import place_words
 from plumbing.settings import Parser, is_embedded
@@ -70,6 +72,7 @@ def _add_questions_and_model(parser: argparse.ArgumentParser) -> None:
         help="folder that image paths are relative to and must be in [the .jsonl's]",
     )
     add("--columns", default="", help="FIELD=COLUMN,... as in train.py [the usual names]")
+    add("--skip-bad", action="store_true", help="leave out and list lines that cannot be read")
     add("--out", required=True, help="the hints file; what it holds already is not asked for again")
     add(
         "--model",
@@ -323,11 +326,17 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
         puzzles = world.puzzles("train", args.limit or PUZZLES)
         # the world's own solutions are no model's: without them it must find a right response
         return [replace(puzzle, solution=None) for puzzle in puzzles]
-    columns = Columns(args.columns)
+    columns, bad, check = Columns(args.columns), [] if args.skip_bad else None, None
+    if not args.api_base:  # what this model cannot be shown
+        with one_line_errors("--model", args.model):
+            processor = load_processor(args.model)
+        check = partial(check_prompt, processor=processor, special=special_tokens(processor))
     questions = load_questions(
-        args.data, split=args.split, image_dir=args.image_dir, columns=columns
+        args.data, split=args.split, image_dir=args.image_dir, columns=columns, check=check, bad=bad
     )
     columns.check_seen()
+    for message in bad or ():
+        print(f"left out: {message}")
     return questions[: args.limit]
 
 

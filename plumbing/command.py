@@ -91,7 +91,8 @@ def run_command(
 
 def too_large(config, accelerator) -> str | None:
     """What to change where the run would not fit on this GPU; None where it fits, or on a CPU."""
-    if accelerator.device.type != "cuda" or config.report not in ("", THIS_RUN):
+    trains = not config.study_hints and config.report in ("", THIS_RUN)
+    if accelerator.device.type != "cuda" or not trains:
         return None
     free, _ = torch.cuda.mem_get_info(accelerator.device)
     sharded = accelerator.distributed_type == DistributedType.FSDP

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ COLUMNS = {
     "prompt_with_hint": ("prompt_with_hint",),
     "boxes": ("boxes",),
 }
+
+LONGEST_PATH = 4096  # characters: Linux takes no longer one
 
 
 class Columns:
@@ -161,7 +164,10 @@ def _jsonl_rows(path: Path, rows: _Rows) -> Iterator[tuple[str, Question | str]]
         raise ValueError(
             f"{path}: no such file; --data takes a .jsonl with question, answer, images and hint"
         )
-    lines = enumerate(path.read_bytes().splitlines(), 1)
+    try:
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
     numbered = [(number, line) for number, line in lines if line.strip()]
 
     def read(numbered_line) -> Question:
@@ -184,7 +190,8 @@ def _table_rows(source: str, split: str, rows: _Rows):
         row = table[number]
         question = rows.parse(row, number)
         column = columns.find(row, "images")
-        places = [place for place, value in enumerate(_as_list(row.get(column))) if value]
+        cells = [_bare_path(value) for value in _as_list(row.get(column))]
+        places = [place for place, value in enumerate(cells) if value]
         for n, image in enumerate(question.images):
             if isinstance(image, Image.Image):
                 stored = StoredImage(pictures, number, column, places[n], image.size)
@@ -323,7 +330,7 @@ def _is_marked(text: str) -> bool:
 
 
 def _read_hint(source, parse_hint: Callable | None):
-    if not parse_hint or not source:
+    if not parse_hint or is_no_hint(source):
         return None
     try:
         return parse_hint(source)
@@ -331,8 +338,16 @@ def _read_hint(source, parse_hint: Callable | None):
         raise ValueError(f"field 'hint': its JSON cannot be read: {error}") from None
 
 
+def is_no_hint(source) -> bool:
+    """Nothing, a blank text, or an object of empty parts, as a table fills them in."""
+    if isinstance(source, dict):
+        return source.keys() <= {"look", "ignore", "steps"} and not any(source.values())
+    return not (source.strip() if isinstance(source, str) else source)
+
+
 def _read_images(value, text: str, folder: Path) -> list:
-    images = [_check_image(image, folder) for image in _as_list(value) if image]
+    cells = [_bare_path(cell) for cell in _as_list(value)]
+    images = [_check_image(image, folder) for image in cells if image]
     marks = text.count("<image>")
     if marks and marks != len(images):
         raise ValueError(
@@ -343,6 +358,12 @@ def _read_images(value, text: str, folder: Path) -> list:
 
 def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
+
+
+def _bare_path(cell):
+    """A table's image cell without bytes as its path, or None where there is none either."""
+    has_no_bytes = isinstance(cell, dict) and "path" in cell and not cell.get("bytes")
+    return cell["path"] if has_no_bytes else cell
 
 
 def _read_choices(choices) -> list[str] | None:
@@ -392,10 +413,15 @@ def _check_image(image, folder: Path) -> Path | Image.Image:
     """A row's image, opened once and whole: a path inside `folder`, or the image itself."""
     if isinstance(image, str):
         path = folder / image
+        if len(image) > LONGEST_PATH:
+            raise ValueError(
+                f"field 'images': a text of {len(image)} characters is no path; base64 is not read"
+            )
         if "\0" in image:
             raise ValueError(f"field 'images': {image!r} is no path: it holds a NUL character")
         check_characters("images", image)
-        if not path.resolve().is_relative_to(folder.resolve()):
+        # links may lead anywhere: in the hub's cache each file is one
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
             raise ValueError(
                 f"field 'images': {image} is outside {folder}; --image-dir says where images are"
             )
@@ -410,13 +436,15 @@ def _load(open_it: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         with open_it() as opened:
             opened.load()
+            if opened.mode == "F":
+                raise ValueError("its values are floats of no known scale: save it with 8 bits")
             return opened
     except FileNotFoundError:
         raise ValueError(
             f"field 'images': cannot read {name}: there is no such file; --image-dir says where "
             "images are"
         ) from None
-    except (OSError, TypeError, KeyError, Image.DecompressionBombError) as error:
+    except Exception as error:  # pillow's decoders raise many kinds, SyntaxError among them
         raise ValueError(f"field 'images': cannot read {name}: {error}") from None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hints import Hint, NoReply
-from plumbing.data import check_boxes, parse_line
+from plumbing.data import check_boxes, is_no_hint, parse_line
 from rollout import Question
 
 LINE_START = b'{"id": '  # of a line that the command writes
@@ -28,7 +29,11 @@ def load_hints(path: str | Path) -> dict[str, dict]:
     A record needs only id and hint. Its "hint" becomes a Hint, or None where no hint was found for
     the question. Raises ValueError, with file and line, for a bad line or an id that stands twice.
     """
-    return _parse_lines(path, Path(path).read_bytes())
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    return _parse_lines(path, text)
 
 
 def _parse_lines(path: str | Path, text: bytes) -> dict[str, dict]:
@@ -39,6 +44,8 @@ def _parse_lines(path: str | Path, text: bytes) -> dict[str, dict]:
         lines.pop()
     records = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             question_id, record = _parse_record(line)
             if question_id in records:
@@ -54,9 +61,7 @@ def _parse_record(line: bytes) -> tuple[str, dict]:
     record = parse_line(line)
     if not isinstance(record, dict) or "id" not in record or "hint" not in record:
         raise ValueError("expected an object with id and hint")
-    hint = None
-    if record["hint"]:
-        hint = Hint.from_json(record["hint"])
+    hint = None if is_no_hint(record["hint"]) else Hint.from_json(record["hint"])
     return str(record["id"]), {**record, "hint": hint}
 
 
@@ -182,25 +187,34 @@ def write_hints(questions: list[Question], work, file: io.RawIOBase, parallel: i
     `parallel` questions are in work at a time. -> "", or the reason why the run has failed. A
     question whose work raises NoReply gets no line, so the next run asks for it again. The run
     stops after 2 * parallel of these in a row, and after a ValueError or OSError. It has also
-    failed if it came to its end and not one question got a reply.
+    failed if it came to its end and not one question got a reply. After Ctrl-C the questions in
+    work are waited for and written; a second one ends the process at once.
     """
-    todo = iter(questions)
-    running = {}
+    todo, running = iter(questions), {}
     results = _Results(file, patience=2 * parallel)
     pool = ThreadPoolExecutor(parallel)
-    try:
-        with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
-            while True:
-                if not results.stop:
-                    for question in islice(todo, parallel - len(running)):
-                        running[pool.submit(work, question)] = question
-                if not running:
-                    return results.outcome()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    results.add(running.pop(future), future)
-                    bar.update()
-                    bar.set_postfix_str(f"accepted {results.accepted}/{results.finished}")
-    except KeyboardInterrupt:
-        return "interrupted; run again to go on"
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def go_on() -> bool:
+        """Begin with the next questions and write what is ready. False at the end."""
+        if not results.stop:
+            for question in islice(todo, parallel - len(running)):
+                running[pool.submit(work, question)] = question
+        if not running:
+            return False
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            results.add(running.pop(future), future)
+            bar.update()
+            bar.set_postfix_str(f"accepted {results.accepted}/{results.finished}")
+        return True
+
+    more = True
+    with pool, tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
+        while more:
+            try:
+                more = go_on()
+            except KeyboardInterrupt:
+                if results.stop:
+                    os._exit(1)  # Python itself would wait for the threads
+                results.stop = "interrupted; run again to go on"
+                bar.write(f"waiting for {len(running)} questions; Ctrl-C again ends at once")
+    return results.outcome()

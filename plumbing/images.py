@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError, TemplateSyntaxError
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -60,15 +60,41 @@ def open_image(image: Image.Image | StoredImage | str | Path) -> Image.Image:
         image = image.open()
     elif not isinstance(image, Image.Image):
         image = Image.open(image)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        is_deep = image.mode != "I" or grey.max() > 255  # a PGM of 16 bits has mode I
+        image = Image.fromarray((grey >> 8 if is_deep else grey).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         drawing = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(drawing)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# EXIF orientation -> what turns the picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """From the EXIF data; 1, upright, where they are damaged: viewers show such a picture too.
+
+    TRAP: getexif and exif_transpose raise errors of many kinds there.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
@@ -151,6 +177,8 @@ def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0) -> Image
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: its tokenizer names no eos_token, which ends a response")
+    if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     if not _shows_image(processor, path):
         raise ValueError(
             f"{path}: the chat template of its {owner} leaves images out: in a chat with one image "

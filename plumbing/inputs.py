@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoConfig
@@ -148,7 +149,9 @@ def _check_tokens(model: str, shape: PreTrainedConfig, processor: ImageTextProce
 def _run_folder(config: TrainConfig) -> Path:
     if config.resume:
         return Path(config.resume)
-    folder = Path("runs") / (config.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    # TRAP: each process has a clock of its own, and a checkpoint's parts must meet in one folder
+    [now] = broadcast_object_list([datetime.now().strftime("%Y%m%d-%H%M%S")])
+    folder = Path("runs") / (config.name or now)
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose another --name or remove it")
     return folder
@@ -173,11 +176,7 @@ class _Reader:
         config, lengths = self.config, {}
 
         def check(question: Question) -> None:
-            refuse_special_tokens(question, self.special)
-            try:
-                lengths[question.id] = prompt_tokens(self.processor, question)
-            except ValueError as error:  # the image processor: an image that is too narrow
-                raise ValueError(f"field 'images': {error}") from None
+            lengths[question.id] = check_prompt(question, self.processor, self.special)
 
         loaded = load_questions(
             source,
@@ -281,6 +280,18 @@ def _refuse(field: str, text: str, tokens: list[str]) -> None:
                 f"field '{field}': it holds {token!r}, which the model's tokenizer reads as a "
                 "special token: remove or reword it"
             )
+
+
+def check_prompt(question: Question, processor: ImageTextProcessor, special: list[str]) -> int:
+    """Length of the student's prompt, in tokens. special: of special_tokens.
+
+    Raises ValueError, which names the field, where no prompt can be made of the question.
+    """
+    refuse_special_tokens(question, special)
+    try:
+        return prompt_tokens(processor, question)
+    except ValueError as error:  # the image processor: an image that is too narrow
+        raise ValueError(f"field 'images': {error}") from None
 
 
 def prompt_tokens(processor, question: Question) -> int:

@@ -45,7 +45,10 @@ class RunFolder:
         if not active:
             return
         if state is None:
-            path.mkdir(parents=True)
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:  # another run has made it since the inputs were read
+                sys.exit(f"cannot make the run's folder {path}: {error}")
         write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
         if state is not None:
             step = state["step"]
@@ -107,8 +110,9 @@ def whole_lines(log: Path) -> list[str]:
     """The lines of a log, but for a last one without its end; none where there is no file yet."""
     if not log.exists():
         return []
-    with log.open(encoding="utf-8") as file:  # TRAP: str.splitlines would split at U+2028 too
-        return [line for line in file if line.endswith("\n")]
+    # TRAP: str.splitlines would split at U+2028 too. And the last line may end inside a character.
+    *whole, _ = log.read_bytes().split(b"\n")
+    return [f"{line.decode()}\n" for line in whole]
 
 
 def cut_log(log: Path, step: int) -> None:
@@ -401,6 +405,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     tracker = None if config.log_with == "none" else config.log_with
     return Accelerator(
+        cpu=not torch.cuda.is_available(),  # mps has no float64, and its sampler is not written
         mixed_precision=precision,
         log_with=tracker,
         project_dir="runs",

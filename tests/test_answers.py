@@ -97,6 +97,14 @@ def test_noise_never_raises():
             assert is_right("\\boxed{" + text, gold, ["1", "2"]) in (True, False)
 
 
+@pytest.mark.parametrize("text", ["{}{2}", "{2}{}", "{}{}", "{}x", " {}2"])
+def test_a_fraction_without_a_part_is_wrong(text):
+    for gold in ("5", "x+1", "\\frac12", "A"):
+        for response in ("\\boxed{\\frac%s}", "The answer is \\frac%s"):
+            assert not is_right(response % text, gold)
+            assert not is_right(response % text, gold, ["1", "2"])
+
+
 @pytest.mark.parametrize("monster", MONSTERS, ids=lambda text: text[:20])
 def test_monsters_are_wrong(monster):
     assert not any(is_right(monster, gold) for gold in GOLDS)

@@ -235,6 +235,15 @@ def test_the_hdpo_like_arm_tutors_right_responses_alone(step, monkeypatch):
     assert "The answer is" in step.trainer.processor.tokenizer.decode(taken[0].teacher_prompt.ids)
 
 
+def test_the_hdpo_like_arm_asks_nothing_where_no_group_failed(step, monkeypatch):
+    monkeypatch.setattr(step.trainer, "respond", None)
+    for group in step.groups:
+        monkeypatch.setattr(group[0], "correct", True)
+    with Patches() as patches:
+        _, responses = step.gradient("HDPO-like", patches)
+    assert not any(response.tutored for response in responses)
+
+
 def test_the_arms_of_1000_puzzles_give_them_again_and_again():
     puzzles = world.puzzles("train", 4)
     for arm in OWN_TESTS[1:]:

@@ -456,6 +456,14 @@ def test_a_local_second_expert_is_loaded_once_and_only_if_needed(
     assert [record["by"] for record in hints_lines(tmp_path)] == ["local"] * 4
 
 
+TOY_BASE = str(ROOT / "toy" / "base")
+
+
+def local_arguments(folder):
+    data, out = str(folder / "d.jsonl"), str(folder / "h.jsonl")
+    return ["--data", data, "--out", out, "--model", TOY_BASE]
+
+
 def test_a_local_first_expert_has_the_same_limit(tmp_path, monkeypatch):
     asked = []
 
@@ -465,9 +473,21 @@ def test_a_local_first_expert_has_the_same_limit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build_hints, "local_expert", load)
     write_data(tmp_path, ["question"])
-    [data, out] = (str(tmp_path / name) for name in ("d.jsonl", "h.jsonl"))
-    assert main(["--data", data, "--out", out, "--model", "local"]) == 0
-    assert asked == [("local", 16384)]
+    assert main(local_arguments(tmp_path)) == 0
+    assert asked == [(TOY_BASE, 16384)]
+
+
+def test_what_a_local_model_cannot_be_shown_is_refused_by_its_line(tmp_path, monkeypatch, capsys):
+    """Before the model is loaded. With --skip-bad it is left out, and the others get hints."""
+    monkeypatch.setattr(build_hints, "local_expert", lambda path, longest: lambda *asked: GOOD)
+    write_data(tmp_path, ["first", "one more <|image_pad|>", "third"])
+    with pytest.raises(SystemExit) as stop:
+        main(local_arguments(tmp_path))
+    assert stop.value.code == 2
+    assert "d.jsonl:2: field 'question': it holds '<|image_pad|>'" in capsys.readouterr().err
+    assert main([*local_arguments(tmp_path), "--skip-bad"]) == 0
+    assert "left out: " in capsys.readouterr().out
+    assert [record["id"] for record in hints_lines(tmp_path)] == ["q0", "q2"]
 
 
 def test_a_second_expert_that_cannot_be_loaded_ends_the_run_in_one_line(
@@ -490,6 +510,28 @@ def test_a_second_expert_that_cannot_be_loaded_ends_the_run_in_one_line(
 
 
 # ------------------------------------------------------------------------------- the command
+@pytest.mark.slow
+def test_ctrl_c_writes_the_hints_in_work_and_asks_for_no_more(serve, tmp_path):
+    asked = threading.Event()
+
+    def slow(question, before):
+        asked.set()
+        time.sleep(1)
+        return chat_reply(GOOD)
+
+    write_data(tmp_path, [f"question {i}" for i in range(9)])
+    options = [*arguments(serve(slow).url, tmp_path), "--parallel", "3"]
+    args = [sys.executable, "-m", "plumbing.build_hints", *options]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert asked.wait(60)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped: interrupted; run again to go on" in printed
+    assert len(hints_lines(tmp_path)) == 3
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(serve, tmp_path, capsys):
     def slow(question, before):
@@ -515,6 +557,9 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path, capsys):
     assert sum(server.asked.values()) <= 40 + 3  # a kill loses no more than the questions in flight
 
 
+SERVER = ["--api-base", "http://x"]  # no model is loaded to check the questions
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -531,8 +576,8 @@ def test_killed_at_any_moment_it_goes_on(serve, tmp_path, capsys):
         (["--timeout", "inf"], "--timeout must be above 0 and at most 86400, got inf"),
         (["--timeout", "nan"], "--timeout must be above 0 and at most 86400, got nan"),
         (["--layers", "3"], "FIRST-LAST"),
-        (["--data", "none.jsonl"], "no such file"),
-        (["--data", "empty.jsonl"], "empty.jsonl: no questions in it"),
+        (["--data", "none.jsonl", *SERVER], "no such file"),
+        (["--data", "empty.jsonl", *SERVER], "empty.jsonl: no questions in it"),
         (["--out", "."], ".: not a file"),
         (["--out", "no/folder/h.jsonl"], "No such file or directory: 'no/folder/h.jsonl'"),
         (["--out", "/dev/null"], "/dev/null: not a file"),

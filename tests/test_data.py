@@ -1,6 +1,7 @@
 """plumbing/data.py: files and datasets as people bring them, and the stream of a run."""
 
 import json
+import random
 import re
 import shlex
 import sys
@@ -248,6 +249,16 @@ def test_a_line_separator_does_not_split_a_hint_or_a_log_line(tmp_path):
     assert path.read_text(encoding="utf-8") == lines[0]
 
 
+def test_a_log_that_ends_inside_a_character_is_cut(tmp_path):
+    """As a full disk leaves it."""
+    path = tmp_path / "responses.jsonl"
+    lines = [json.dumps({"step": n, "text": "\u7b54\u6848"}, ensure_ascii=False) for n in (1, 2)]
+    for lost in range(2, 8):
+        path.write_bytes("\n".join(lines).encode()[:-lost])
+        cut_log(path, 5)
+        assert path.read_text(encoding="utf-8") == lines[0] + "\n"
+
+
 # ------------------------------------------------------------------------------------------- fields
 @pytest.mark.parametrize(
     "answer, gold, wrong",
@@ -317,6 +328,44 @@ def test_images_come_from_one_folder(folder, tmp_path_factory):
             load_one(elsewhere, {**PLAIN, "image": image})
     absolute = {**PLAIN, "image": str(folder / "a.png")}
     assert load_one(folder, absolute).images == [folder / "a.png"]
+
+
+def test_links_inside_the_folder_may_lead_anywhere(folder, tmp_path_factory):
+    """In the hub's cache each file is a link; a data folder is often one."""
+    place = tmp_path_factory.mktemp("links")
+    (place / "a.png").symlink_to(folder / "a.png")
+    (place / "pictures").symlink_to(folder)
+    for image in ("a.png", "pictures/a.png"):
+        assert load_one(place, {**PLAIN, "image": image}).images == [place / image]
+    with pytest.raises(ValueError, match="outside"):
+        load_one(place / "pictures", {**PLAIN, "image": "../a.png"}, image_dir=place / "pictures")
+
+
+def test_a_cell_without_bytes_is_its_path_or_no_image(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    cell = {"bytes": None, "path": "a.png"}
+    question = load_one(elsewhere, {**PLAIN, "images": [cell]}, image_dir=folder)
+    assert question.images == [folder / "a.png"]
+    assert load_one(folder, {**PLAIN, "image": {"bytes": None, "path": None}}).images == []
+
+
+def test_base64_is_refused_in_a_short_line(folder):
+    with pytest.raises(ValueError, match="a text of 9000 characters is no path") as error:
+        load_one(folder, {**PLAIN, "image": "iVBORw0KG" * 1000})
+    assert len(str(error.value)) < 300
+
+
+def test_a_damaged_picture_is_named(folder):
+    """Pillow raises SyntaxError at the second chunk of pixels; and floats have no known scale."""
+    noise = Image.frombytes("RGB", (300, 300), random.Random(0).randbytes(270_000))
+    noise.save(folder / "noise.png")
+    start, first, rest = (folder / "noise.png").read_bytes().partition(b"IDAT")
+    assert b"IDAT" in rest
+    (folder / "noise.png").write_bytes(start + first + rest.replace(b"IDAT", b"\0\0\0\0", 1))
+    Image.new("F", (8, 8), 0.5).save(folder / "float.tiff")
+    for name in ("noise.png", "float.tiff"):
+        with pytest.raises(ValueError, match=f"data.jsonl:1: field 'images': .*{name}"):
+            load_one(folder, {**PLAIN, "image": name})
 
 
 @pytest.mark.parametrize(

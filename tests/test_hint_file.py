@@ -55,6 +55,14 @@ def test_bad_hints_files(line, message, tmp_path):
         load_hints(path)
 
 
+def test_blank_lines_and_empty_hints(tmp_path):
+    path = tmp_path / "h.jsonl"
+    empty = ["{}", '""', '" "', "null", '{"look": [], "ignore": null}']
+    lines = [f'{{"id": {number}, "hint": {hint}}}' for number, hint in enumerate(empty)]
+    path.write_text("\n\n".join(lines) + "\n \n")
+    assert [record["hint"] for record in load_hints(path).values()] == [None] * 5
+
+
 def test_a_line_ends_at_a_newline_alone(tmp_path):
     """U+2028 and U+0085 may stand in a JSON text as they are."""
     path = tmp_path / "h.jsonl"

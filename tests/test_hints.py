@@ -39,6 +39,8 @@ def test_json_both_ways():
     assert Hint.from_json(json.dumps(asdict(HINT))) == HINT
     assert Hint.from_json(asdict(HINT)) == HINT
     assert Hint.from_json("Compare the two bars.") == Hint(steps=("Compare the two bars.",))
+    filled = {"look": None, "ignore": None, "steps": ["count"]}  # as a table fills in what lacks
+    assert Hint.from_json(filled) == Hint(steps=("count",))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,8 @@ def test_the_other_teachers_of_the_comparison():
     assert "It is 12." not in texts["answer"]
     assert "A solution: It is 12." in texts["solution"]
     assert teacher_messages(question, "none") == student_messages(question)
+    with pytest.raises(ValueError, match="one of hint, answer, solution, none, got 'answers'"):
+        teacher_messages(question, "answers")
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,14 @@ def no_end(folder, weights):
     edit(folder / "tokenizer_config.json", lambda settings: settings.update(eos_token=None))
 
 
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end(checkpoints, tmp_path):
+    def no_padding(folder, weights):
+        edit(folder / "tokenizer_config.json", lambda settings: settings.update(pad_token=None))
+
+    tokenizer = load_processor(str(copy_changed(checkpoints, tmp_path, no_padding))).tokenizer
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
 def quantized(folder, weights):
     method = {"quant_method": "awq", "bits": 4}
     edit(folder / "config.json", lambda config: config.update(quantization_config=method))

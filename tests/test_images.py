@@ -2,13 +2,14 @@
 
 import io
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import greedy_of_transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from test_rollout import ids_of, mixed_questions, student_prompts
 
 from hints import teacher_messages
@@ -81,9 +82,34 @@ def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
     assert (opened.getpixel((8, 4)), opened.getpixel((8, 28))) == ((200, 0, 0), (255, 255, 255))
 
 
+def test_a_photo_with_damaged_exif_data_is_shown(tmp_path):
+    """Its orientation, 6, can be read; the resolution is a text. Then: all of it is garbage."""
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    exif += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72/1")
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif + b"\0" * 4)
+    assert open_image(tmp_path / "a.jpg").size == (16, 32)
+    Image.new("RGB", (32, 16)).save(tmp_path / "b.png", exif=b"Exif\0\0no TIFF at all")
+    assert open_image(tmp_path / "b.png").size == (32, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(orientation, tmp_path):
+    image = Image.frombytes("RGB", (3, 2), bytes(range(18)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert open_image(tmp_path / "a.png").tobytes() == expected.tobytes()
+
+
 def test_16_bits_of_grey_are_scaled(tmp_path):
+    """A PGM has mode I, as has a picture of 8 bits that was widened."""
     Image.new("I;16", (30, 20), 128 * 256 + 77).save(tmp_path / "scan.png")
     assert open_image(tmp_path / "scan.png").getpixel((0, 0)) == (128, 128, 128)
+    pixel = (128 * 256 + 77).to_bytes(2, "big")
+    (tmp_path / "scan.pgm").write_bytes(b"P5 2 1 65535\n" + 2 * pixel)
+    assert open_image(tmp_path / "scan.pgm").getpixel((0, 0)) == (128, 128, 128)
+    assert open_image(Image.new("I", (2, 1), 200)).getpixel((0, 0)) == (200, 200, 200)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -1,6 +1,7 @@
 """plumbing/inputs.py and the command line: what is refused before a model is loaded."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,8 @@ def folder(tmp_path, monkeypatch):
         (["--hints", "h.jsonl"], "--hints needs --data"),
         (["--teacher-context", "oracle"], "invalid choice: 'oracle'"),
         (["--data", "good.jsonl", "--hints", "h.jsonl"], "h.jsonl:1: hint fields"),
+        (["--data", "good.jsonl", "--hints", "gone.jsonl"], "gone.jsonl: cannot be read: "),
+        (["--data", "good.jsonl", "--hints", "."], ".: cannot be read: "),
         (["--data", "good.jsonl", "--max-prompt", "5"], "longer than --max-prompt 5 tokens"),
         (["--eval-data", "bad.jsonl"], "bad.jsonl:2: no answer"),
     ],
@@ -177,6 +180,13 @@ def read_hinted(folder, **settings):
     note = inputs.note.removesuffix(NO_EVAL_DATA)
     assert (note != inputs.note) == ("eval_data" not in settings)
     return [question.hint for question in inputs.stream.questions], note
+
+
+def test_all_processes_have_the_folder_of_the_first(folder, monkeypatch):
+    """Each has a clock of its own. Here the first one's clock says 20261130-235959."""
+    first = ["20261130-235959"]
+    monkeypatch.setattr("plumbing.inputs.broadcast_object_list", lambda named: first)
+    assert read(name="").folder == Path("runs/20261130-235959")
 
 
 def test_unusable_hints_are_dropped_and_counted(folder):

@@ -209,6 +209,8 @@ def test_a_run_that_cannot_fit_on_the_gpu_stops_before_its_model_is_loaded(monke
     free = 10**8
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     assert "--micro-tokens" in command.too_large(train.TrainConfig(), gpu)
+    study = train.TrainConfig(study_hints=True)
+    assert command.too_large(study, gpu) is None, "nothing is trained"
     free = 10**11
     assert command.too_large(train.TrainConfig(), gpu) is None
     cpu = types.SimpleNamespace(device=torch.device("cpu"))
