@@ -29,8 +29,9 @@ from torch import Tensor
 # Stands for log 0. exp(NEG) is 0 in value and in gradient. NEG - x is finite, where -inf - -inf
 # is NaN.
 NEG = -1e30
-# The largest x of an exp(x). Above 88 exp is inf in float32, and 0 * inf in its backward is NaN.
-LARGEST_LOG = 20.0
+# The largest x of an exp(x). Where exp is inf, above 88 in float32 and above 11 in float16, 0 * inf
+# in its backward is NaN.
+LARGEST_LOG = 10.0
 
 
 # -------------------------------------------------------------------------------------- reduction

@@ -8,6 +8,7 @@ hours.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -339,6 +340,8 @@ def sample_groups(
     restored.
     """
     keys = keys or [prompt.question.id for prompt in prompts]
+    if len(keys) != len(prompts):
+        raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts")
     tokenizer = processor.tokenizer
     eos, banned = eos_tokens(model, tokenizer), banned_tokens(model, tokenizer)
     drawn: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
@@ -372,11 +375,19 @@ def sample_groups(
     all_rows = [(n, g) for n in range(len(prompts)) for g in range(group_size)]
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     slots = int(sample_mb * 2**20) // sequence_bytes(model, longest + max_new_tokens)
+    with in_eval_mode(model):
+        halve_where_memory_ends(decode, max(1, min(slots, len(all_rows))))
+    return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def in_eval_mode(model):
     training = model.training
     model.eval()
-    halve_where_memory_ends(decode, max(1, min(slots, len(all_rows))))
-    model.train(training)
-    return [[finished(n, g) for g in range(group_size)] for n in range(len(prompts))]
+    try:
+        yield
+    finally:  # watch may raise, to stop
+        model.train(training)
 
 
 def equal_lengths(lengths: dict[int, int], at_most: int) -> Iterator[list[int]]:

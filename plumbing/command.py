@@ -14,7 +14,7 @@ from plumbing.images import quiet_loading
 from plumbing.inputs import Inputs, read_inputs
 from plumbing.memory import plan, plan_table, what_to_change
 from plumbing.models import build
-from plumbing.page import write_page
+from plumbing.page import check_finished, write_page
 from plumbing.runs import (
     Checkpoints,
     Run,
@@ -48,10 +48,8 @@ def run_command(
     accelerator = make_accelerator(config)
     try:
         inputs = read_inputs(config, toy.world, accelerator.num_processes)
-        if page_only and not (inputs.folder / "model").is_dir():
-            raise ValueError(
-                f"--report {inputs.folder}: there is no trained model in it; is the run finished?"
-            )
+        if page_only:
+            check_finished(inputs.folder)
         checkpoints = Checkpoints(accelerator, inputs.folder, config.keep)
         studied = finished_rows(inputs, config) if config.study_hints else {}
         checkpoint, state = None, None

@@ -457,9 +457,9 @@ class QuestionStream:
         self.epoch, self.order = -1, []
 
     def fingerprint(self) -> str:
-        """A text that changes where the data's ids do."""
-        ids = "\n".join(question.id for question in self.questions)
-        return hashlib.sha256(ids.encode()).hexdigest()[:16]
+        """A text that changes where the data's ids, questions or answers do. Hints may change."""
+        asked = [[question.id, question.text, question.answer] for question in self.questions]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def first(self, count: int) -> list[Question]:
         """The first `count` questions of the run, at most all of the data."""

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 CURVES = ("all_failed", "informative", "all_correct", "accuracy", "entropy", "length")
 
 
+def check_finished(run: Path) -> None:
+    """Raises ValueError where a run's folder has not what its page is made of."""
+    for name in ("model", "metrics.jsonl"):
+        if not (run / name).exists():
+            raise ValueError(f"--report {run}: there is no {name} in it; is the run finished?")
+
+
 def write_page(inputs: Inputs, config: TrainConfig, count: int = 6) -> Path:
     """report.html in a finished run's folder: `count` held-out questions, hinted ones first.
 
@@ -171,7 +178,7 @@ def token_entries(
     states = []
     for model, prompt in views:
         batch = collate([prompt], [ids], tokenizer.pad_token_id, model.device)
-        states.append(response_states(model, batch)[0])
+        states.append(response_states(model, batch)[0, : len(ids)])  # a batch has 2 places or more
     model = views[0][0]
     banned = torch.tensor(banned_tokens(model, tokenizer), device=model.device)
     entries = []
@@ -208,6 +215,12 @@ def likeliest_tokens(logits: torch.Tensor, tokenizer) -> list[list]:
 
 
 def added_text(ids: list[int], place: int, tokenizer) -> str:
-    """What a token adds to the text. Alone it may be part of a character, or lack its space."""
+    """What a token adds to the text. Alone it may be part of a character, or lack its space.
+
+    A character of several tokens appears at the one that completes it.
+    """
     before = ids[max(0, place - 8) : place]
-    return tokenizer.decode([*before, ids[place]])[len(tokenizer.decode(before)) :]
+    old, new = (
+        tokenizer.decode(shown).rstrip("\ufffd") for shown in (before, [*before, ids[place]])
+    )
+    return new[len(old) :]

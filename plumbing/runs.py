@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -24,6 +25,11 @@ from hints import teacher_messages
 from plumbing.memory import plan
 from plumbing.progress import pace_of_sampling, pace_of_steps
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if TYPE_CHECKING:
     from plumbing.data import QuestionStream
     from plumbing.decoding import Look
@@ -37,23 +43,38 @@ class RunFolder:
 
     metrics.jsonl has one line per step. Only the main process writes (active). state: of the
     checkpoint that a resumed run goes on from; what was logged after it is cut off, as it will be
-    done again.
+    done again. The model of an earlier end is kept as model-STEP. Ends the program with one line
+    where the folder cannot be written, or is in use by another process.
     """
 
     def __init__(self, path: Path, config: dict, active: bool, state: dict | None = None):
         self.path, self.active = path, active
         if not active:
             return
-        if state is None:
-            try:
+        made = False
+        try:
+            if state is None:
                 path.mkdir(parents=True)
-            except OSError as error:  # another run has made it since the inputs were read
-                sys.exit(f"cannot make the run's folder {path}: {error}")
-        write_beside(path / "config.json", json.dumps({**config, "resume": ""}, indent=2) + "\n")
-        if state is not None:
-            step = state["step"]
-            cut_log(path / "metrics.jsonl", step - 1 if "unlogged" in state else step)
-            cut_log(path / "responses.jsonl", step)
+                made = True
+            self.lock = locked(path / "lock")
+            settings = json.dumps({**config, "resume": ""}, indent=2)
+            write_beside(path / "config.json", settings + "\n")
+            if state is not None:
+                self._go_back_to(state, config["steps"])
+        except OSError as error:
+            if made:
+                shutil.rmtree(path, ignore_errors=True)
+            sys.exit(f"cannot write the run's folder {path}: {error}")
+
+    def _go_back_to(self, state: dict, steps: int) -> None:
+        step = state["step"]
+        cut_log(self.path / "metrics.jsonl", step - 1 if "unlogged" in state else step)
+        cut_log(self.path / "responses.jsonl", step)
+        model = self.path / "model"
+        if step < steps and model.is_dir():  # else it would pass for the model of the last step
+            kept = self.path / f"model-{step}"
+            shutil.rmtree(kept, ignore_errors=True)
+            os.rename(model, kept)
 
     def append(self, name: str, row: dict) -> None:
         """One more line of a log. A full disk ends the run with a message."""
@@ -87,8 +108,8 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             sys.exit(
-                f"cannot write the model {target}: {error}\nmake room, then: python train.py "
-                f"--resume {self.path}"
+                f"cannot write the model {target}: {error}\nmake room, then: "
+                f"{resume_command(self.path)}"
             )
         shutil.rmtree(target, ignore_errors=True)
         os.rename(part, target)
@@ -97,6 +118,27 @@ class RunFolder:
         """Remove the folder of a run that has trained nothing: its name is free again."""
         if self.active:
             shutil.rmtree(self.path)
+
+
+def locked(path: Path):
+    """The open file, locked until it is closed or the process ends, in whatever way.
+
+    Ends the program where another process has the lock. On Windows, and on a file system without
+    locks, there is none.
+    """
+    file = path.open("w")
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            sys.exit(f"{path.parent} is in use by another process")
+        except OSError:
+            pass
+    return file
+
+
+def resume_command(path: Path) -> str:
+    return f"python train.py --resume {shlex.quote(str(path))}"
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -159,14 +201,21 @@ class Checkpoints:
                 os.rename(part, target)
                 for outdated in self.finished()[: -self.keep]:
                     shutil.rmtree(outdated)
-        except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one of the three
             shutil.rmtree(part, ignore_errors=True)
             finished = self.finished()
             rest = f"the last good one is {finished[-1]}" if finished else "there is none before it"
-            free = shutil.disk_usage(self.folder).free / 2**20
+            free = shutil.disk_usage(self.folder.parent).free / 2**20
             sys.exit(
                 f"cannot write the checkpoint {target}, {free:.0f} MiB are free: {error}\n{rest}"
             )
+
+    def amend(self, state: dict) -> None:
+        """Write the state of the newest one anew, as its step has been logged since."""
+        if self.accelerator.is_main_process:
+            file = self.finished()[-1] / "state.json"
+            files = json.loads(file.read_text())["files"]
+            write_beside(file, json.dumps({**state, "files": files}))
 
     def newest(self, stream: QuestionStream, config: TrainConfig) -> tuple[Path, dict]:
         """The newest checkpoint and its state.
@@ -254,6 +303,7 @@ class Run:
         )
         if "unlogged" in self.state:
             self.log(trainer, held_out, self.state["unlogged"])
+            self.checkpoints.amend(self.state)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left, with a progress bar on the main process."""
@@ -352,8 +402,8 @@ class Run:
                 self.write_checkpoint(trainer)
             trained = "" if self.done else " (nothing was trained; the first evaluation is kept)"
             accelerator.print(
-                f"stopped by {stopped.name} after step {self.done}{trained}; go on with: python "
-                f"train.py --resume {path}"
+                f"stopped by {stopped.name} after step {self.done}{trained}; go on with: "
+                f"{resume_command(path)}"
             )
         # TRAP: torchrun ends all processes as soon as one has ended, so all wait for the main one
         accelerator.wait_for_everyone()

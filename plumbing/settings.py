@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import operator
+import os
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -222,6 +223,8 @@ class RunConfig:
                 raise ValueError(f"{package} is not installed; python -m pip install {package}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
+        if len(os.fsencode(self.name)) > 255:
+            raise ValueError(f"--name must have at most 255 bytes, got {self.name[:40]!r}...")
 
 
 class Parser(argparse.ArgumentParser):

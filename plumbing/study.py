@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hints import Hint, teacher_messages
 from losses import chunk_tokens
 from plumbing.progress import duration
-from plumbing.runs import RunFolder, whole_lines, write_beside
+from plumbing.runs import RunFolder, resume_command, whole_lines, write_beside
 from plumbing.stopping import Stopped
 from plumbing.study_numbers import study_table, summary
 from plumbing.study_page import write_study_page
@@ -289,13 +289,16 @@ def finished_rows(inputs: Inputs, config: TrainConfig) -> dict[str, dict]:
     """
     path = inputs.folder / FILE
     rows = {row["id"]: row for row in map(json.loads, whole_lines(path))}
-    hints = {q.id: asdict(q.hint) if q.hint else None for q in questions_of(inputs, config)}
+    asked = {
+        q.id: [q.text, q.answer, asdict(q.hint) if q.hint else None]
+        for q in questions_of(inputs, config)
+    }
     for name, row in rows.items():
-        now = json.loads(json.dumps(hints.get(name, "gone")))  # tuples become lists, as in the file
-        if row["hint"] != now:
+        now = json.loads(json.dumps(asked.get(name)))  # tuples become lists, as in the file
+        if [row["question"], row["answer"], row["hint"]] != now:
             raise ValueError(
                 f"--resume: question {name} of {path} is not in the data any more, or has another "
-                "hint: start a new study"
+                "text, answer or hint: start a new study"
             )
     return rows
 
@@ -324,7 +327,7 @@ def study(trainer: Trainer, inputs: Inputs, rows: dict[str, dict]) -> None:
         except Stopped as stopped:
             accelerator.print(
                 f"stopped by {stopped.name} after {len(rows)} of {len(questions)} questions; go on "
-                f"with: python train.py --resume {folder.path}"
+                f"with: {resume_command(folder.path)}"
             )
             # TRAP: torchrun ends all processes as soon as one has ended, so all wait here
             accelerator.wait_for_everyone()

@@ -5,6 +5,7 @@ import random
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -652,9 +653,13 @@ def test_the_first_questions_are_those_of_the_run_and_at_most_all():
     assert [question.id for question in stream.first(99)] == epoch(stream, 0)
 
 
-def test_the_fingerprint_changes_with_the_ids_alone():
+def test_the_fingerprint_changes_with_ids_texts_and_answers():
+    """Without ids of its own, a line has its number, and another question would have the same."""
     fingerprint = QuestionStream(QUESTIONS, seed=3).fingerprint()
-    same_ids = [Question(question.id, "What?", "2", []) for question in QUESTIONS]
-    assert QuestionStream(same_ids, seed=4).fingerprint() == fingerprint
+    hinted = [replace(question, hint=Hint(steps=("count",))) for question in QUESTIONS]
+    assert QuestionStream(hinted, seed=4).fingerprint() == fingerprint
+    for change in ({"text": "What?"}, {"answer": "2222"}):
+        others = [replace(question, **change) for question in QUESTIONS]
+        assert QuestionStream(others, seed=3).fingerprint() != fingerprint
     assert QuestionStream(QUESTIONS[:6], seed=3).fingerprint() != fingerprint
     assert QuestionStream(QUESTIONS[::-1], seed=3).fingerprint() != fingerprint

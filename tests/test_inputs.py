@@ -52,6 +52,7 @@ def folder(tmp_path, monkeypatch):
         (["--data", "bad.jsonl"], "bad.jsonl:2: no answer"),
         (["--data", "image.jsonl"], "image.jsonl:1: field 'images': cannot read"),
         (["--name", "taken"], "exists already"),
+        (["--name", "x" * 300], "--name must have at most 255 bytes"),
         (["--seed", "1000"], "--seed must be at least 0 and at most 999"),
         (["--hints", "h.jsonl"], "--hints needs --data"),
         (["--teacher-context", "oracle"], "invalid choice: 'oracle'"),

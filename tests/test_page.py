@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import TINY, plain_logits, write_jsonl
 from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as models_of_tokenizers
 from transformers import AutoModelForImageTextToText
 
 import train
@@ -18,7 +20,7 @@ from hints import Hint, teacher_messages
 from losses import topk_jsd
 from plumbing.data import load_questions
 from plumbing.inputs import read_inputs
-from plumbing.page import CURVES, explain, step_curves
+from plumbing.page import CURVES, added_text, explain, step_curves, token_entries
 from plumbing.runs import rollout_statistics
 from plumbing.settings import EMBEDDED
 from rollout import (
@@ -33,6 +35,8 @@ from rollout import (
 from toy import world
 from toy.settings import SETTINGS
 
+CONFIG = train.TrainConfig(jsd_k=20)
+BYTES = pre_tokenizers.ByteLevel.alphabet()
 SCRIPT = '<script id="data" type="application/json">'
 
 
@@ -115,6 +119,28 @@ def assert_likeliest(shown, logits, tokenizer):
         assert len(likeliest) == 5
 
 
+def test_a_response_of_its_end_alone(models, base):
+    processor, model = base[1], models["before"]
+    [puzzle] = world.puzzles("heldout", 1)
+    [plain] = encode_prompts(processor, [puzzle], [student_messages(puzzle)])
+    end = [processor.tokenizer.eos_token_id]
+    [[_, divergence, _, _]] = token_entries([(model, plain)], end, processor.tokenizer, CONFIG)
+    assert divergence == 0
+
+
+def test_a_character_of_several_tokens_stands_at_the_last_of_them():
+    """As in Qwen's tokenizers, whose tokens are bytes."""
+    pieces = Tokenizer(models_of_tokenizers.BPE({c: i for i, c in enumerate(BYTES)}, []))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    text = "x \u2264 \U0001f600 \u7b54\u6848 \u00e9"
+    ids = pieces.encode(text).ids
+    assert len(ids) == len(text.encode())
+    added = [added_text(ids, place, pieces) for place in range(len(ids))]
+    assert "".join(added) == text
+    assert max(map(len, added)) == 1
+
+
 def test_a_long_response_is_cut(finished, models):
     config = train.TrainConfig(**SETTINGS)
     inputs = read_inputs(config, world, 1)
@@ -186,7 +212,7 @@ def test_the_same_page_from_the_folder_alone(finished):
 def test_a_page_that_cannot_be_made_is_refused(finished, tmp_path, capsys):
     copy = shutil.copytree(finished.run, tmp_path / "t", ignore=shutil.ignore_patterns("model"))
     for options, message in (
-        ([str(copy)], "there is no trained model in it"),
+        ([str(copy)], "there is no model in it"),
         ([str(copy), "--lr", "1"], "--lr cannot stand beside --report"),
         (["gone"], "--report gone: no config.json"),
     ):

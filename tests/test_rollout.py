@@ -374,6 +374,21 @@ def test_the_scorer_agrees_with_the_sampler(tiny, temperature):
     assert (logp - own).abs().max() < 1e-4
 
 
+def test_keys_are_one_per_prompt(base):
+    prompts = student_prompts(base[1], world.puzzles("tune", 2))
+    with pytest.raises(ValueError, match="3 keys for 2 prompts"):
+        sample_groups(*base, prompts, 1, max_new_tokens=2, keys=["a", "b", "c"])
+
+
+def test_the_training_mode_is_restored_where_watch_raises(base):
+    prompts = student_prompts(base[1], world.puzzles("tune", 1))
+    model = base[0].train()
+    with pytest.raises(ZeroDivisionError):
+        sample_groups(*base, prompts, 1, max_new_tokens=9, watch=lambda look: 1 / 0)
+    assert model.training
+    model.eval()
+
+
 def test_the_training_mode_is_restored(base):
     model, _ = base
     try:

@@ -1,5 +1,6 @@
 """plumbing/runs.py: what a run leaves behind, checkpoints, resuming."""
 
+import json
 import os
 import random
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, logged, write_jsonl
+from safetensors import SafetensorError
 
 import train
 from plumbing import runs, settings
@@ -174,13 +176,68 @@ def test_other_data_than_the_run_s_own_is_refused(tmp_path, monkeypatch, capsys)
     assert "are not those that" in refuse(capsys, *AGAIN)
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monkeypatch):
+def test_the_model_of_an_earlier_end_does_not_pass_for_the_last_one(finished, capsys):
+    """Killed between the last checkpoint and the model, the run would end with the old weights."""
+    old = (finished / "model" / "model.safetensors").read_bytes()
+    folder = runs.RunFolder(finished, {"steps": 3}, True, {"step": 2})
+    assert (finished / "model-2" / "model.safetensors").read_bytes() == old
+    assert not (finished / "model").exists()
+    folder.lock.close()
+    (finished / "model").mkdir()
+    runs.RunFolder(finished, {"steps": 3}, True, {"step": 3})
+    assert (finished / "model").exists()
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(finished):
+    holds = "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    holds += "; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(finished / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    log = (finished / "metrics.jsonl").read_bytes()
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as stop:
+            train.main(list(AGAIN))
+        other.stdin.close()
+    assert stop.value.code == "runs/t is in use by another process"
+    assert (finished / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_full_disk_at_the_start_leaves_the_name_free(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_beside", full)
+    with pytest.raises(SystemExit) as stop:
+        runs.RunFolder(tmp_path / "t", {"steps": 1}, True)
+    assert stop.value.code.startswith(f"cannot write the run's folder {tmp_path / 't'}: ")
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_stop_in_the_last_evaluation_is_over_once_it_is_made_up_for(finished, capsys):
+    """The state of the checkpoint says so: else each further --resume evaluated again."""
+    file = finished / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    del state["summary"]
+    file.write_text(json.dumps({**state, "unlogged": logged(finished)[2]}))
+    shutil.rmtree(finished / "model")
+    train.main(["--resume", "runs/t"])
+    assert [row["step"] for row in logged(finished)] == [0, 1, 2]
+    assert "has done all 2 steps" in refuse(capsys, "--resume", "runs/t")
+
+
+def test_a_name_with_a_space_is_quoted():
+    assert runs.resume_command(Path("runs/my run")) == "python train.py --resume 'runs/my run'"
+
+
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(finished, monkeypatch, error):
     last = finished / "checkpoints" / "step-00000002"
     before = {path: path.read_bytes() for path in sorted(last.iterdir())}
 
     def full(self, folder):
         (Path(folder) / "optimizer.bin").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(runs.Accelerator, "save_state", full)
     with pytest.raises(SystemExit) as stop:

@@ -407,8 +407,10 @@ def test_a_stopped_study_goes_on_and_ends_alike(parts_of_two, monkeypatch, capsy
 def test_a_study_whose_hints_have_changed_does_not_go_on(parts_of_two):
     parts_of_two.mkdir(parents=True)
     questions = world.puzzles("train", 3)
-    row = {"id": questions[1].id, "hint": {"look": ["what was"], "ignore": [], "steps": []}}
+    text = {"question": questions[1].text, "answer": questions[1].answer}
+    hint = {"look": ["what was"], "ignore": [], "steps": []}
+    row = {"id": questions[1].id, **text, "hint": hint}
     (parts_of_two / "study.jsonl").write_text(json.dumps(row) + "\n")
     inputs = SimpleNamespace(folder=parts_of_two, stream=QuestionStream(questions, 0))
-    with pytest.raises(ValueError, match="has another hint: start a new study"):
+    with pytest.raises(ValueError, match="another text, answer or hint: start a new study"):
         study.finished_rows(inputs, SimpleNamespace(study_questions=3))
