@@ -53,7 +53,7 @@ def draw(rows: list[dict], folder: Path, steps: int) -> None:
     runs = {arm: [row for row in held_out if row["arm"] == arm] for arm in ARMS}
     figures = {
         "claims.png": draw_curves(plt, runs, steps),
-        "ablations.png": draw_sweeps(plt, runs, steps),
+        "ablations.png": draw_sweeps(plt, runs),
         "paper-figures.png": draw_paper_figures(plt, runs, steps),
     }
     for name, figure in figures.items():
@@ -106,7 +106,7 @@ def draw_band(axes, x, curves: list[list[float]], label: str, colour: str) -> No
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def draw_sweeps(plt, runs: dict[str, list[dict]], steps: int):
+def draw_sweeps(plt, runs: dict[str, list[dict]]):
     """One panel per sweep: accuracy after training, each seed as a point, means as lines."""
     figure, panels = plt.subplots(
         1, 3, figsize=(11, 3.2), layout="constrained", sharey=True, width_ratios=(4, 2, 6)
@@ -117,8 +117,8 @@ def draw_sweeps(plt, runs: dict[str, list[dict]], steps: int):
             values = [[mean_of_last(run)[kind] for run in seeds] for seeds in points.values()]
             draw_points(axes, values, kind)
         axes.set_xticks(range(len(points)), list(points), fontsize=8)
-        axes.set(xlabel=label, ylim=(0, 100), xlim=(-0.5, len(points) - 0.5))
-    panels[0].set_ylabel(f"accuracy after {steps} steps, %")
+        axes.set(xlabel=label, ylim=(0, 103), xlim=(-0.5, len(points) - 0.5))
+    panels[0].set_ylabel("accuracy, last 3 evaluations, %")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -136,7 +136,7 @@ def test_who_is_tutored_and_who_has_the_kl_penalty(step, recipe, penalised):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "release"])
-def test_the_release_s_control_is_grpo_with_another_mean_of_the_kl_penalty(step, recipe):
+def test_the_release_s_control_is_grpo_with_less_of_the_kl_penalty(step, recipe):
     """Policy loss and advantages are those of GRPO; the KL's weights are those of PTD-PO."""
     with Patches() as patches:
         _, control = step.gradient(CONTROL, patches, recipe)
@@ -146,7 +146,8 @@ def test_the_release_s_control_is_grpo_with_another_mean_of_the_kl_penalty(step,
     assert all(r.teacher_prompt is None and r.weights[2] == 0 for r in control)
     [group, *_] = step.groups
     tokens = [len(response.ids) for response in group]
-    by_hand = {"paper": [1 / (3 * n) for n in tokens], "release": [1 / sum(tokens)] * 3}
+    of_all = sum(len(response.ids) for of_step in step.groups for response in of_step)
+    by_hand = {"paper": [1 / (9 * n) for n in tokens], "release": [1 / of_all] * 3}
     assert [r.weights[1] for r in control] == pytest.approx([*by_hand[recipe], *[0] * 6])
 
 

@@ -119,6 +119,7 @@ def sampled(base, questions, slots, limit=40, **settings):
     return [r.ids for r in responses], [torch.tensor(r.logp) for r in responses], responses
 
 
+@pytest.mark.slow
 def test_the_number_of_slots_changes_nothing(tiny, monkeypatch):
     """Prompts with one image, two and none, of different lengths; against one slot.
 

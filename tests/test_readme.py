@@ -139,7 +139,11 @@ def run_train(args, capsys):
     assert expected[0] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def slow_where_it_is(command):
+    return pytest.param(command, marks=pytest.mark.slow) if "slow_motion" in command else command
+
+
+@pytest.mark.parametrize("command", map(slow_where_it_is, COMMANDS))
 def test_command(command, place, serve, capsys):  # noqa: F811
     if command == "ruff check . && ruff format --check .":
         return  # CI's, and not in requirements.txt

@@ -118,12 +118,21 @@ def assert_same_run(run, expected, seed):
 
 
 # ---------------------------------------------------------------------------------- what is refused
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*TINY, "--name", "t", "--save-every", "1"])
+    return folder / "runs" / "t"
+
+
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
-    """A run of two steps, in a folder to go on from."""
+def finished(two_steps, tmp_path, monkeypatch):
+    """A copy of it to go on from, and the folder to do so in."""
     monkeypatch.chdir(tmp_path)
-    train.main([*TINY, "--name", "t", "--save-every", "1"])
-    return tmp_path / "runs" / "t"
+    return shutil.copytree(two_steps, tmp_path / "runs" / "t")
 
 
 def refuse(capsys, *argv):

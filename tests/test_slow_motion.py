@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageStat
 from plumbing.slow_motion import write_page
 from plumbing.slow_motion_page import buckets
 
-pytestmark = pytest.mark.slow  # tests/test_readme.py runs the command in the default run
+pytestmark = pytest.mark.slow
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-\d+)?")
 
 

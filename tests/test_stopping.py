@@ -107,9 +107,10 @@ def test_a_stop_while_sampling_costs_nothing_but_that(
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", "runs/t"])
     assert logged(run) == logged(whole)
-    if step == 3:  # once more: the log keeps one line per step
-        train.main(["--resume", "runs/t"])
-        assert logged(run) == logged(whole)
+    if step == 3:  # once more: the run is over
+        with pytest.raises(SystemExit):
+            train.main(["--resume", "runs/t"])
+        assert "has done all 3 steps" in capsys.readouterr().err
     for name in ("responses.jsonl", "model/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 

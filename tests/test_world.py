@@ -154,6 +154,7 @@ def accuracy(base, questions, messages):
     return sum(verify(r.text, r.question) for [r] in groups) / len(questions)
 
 
+@pytest.mark.slow
 def test_the_committed_base_has_the_skill_but_not_the_insight(base):
     """Greedy: of two rows that the hint names, it reads one."""
     drawn = [world.make_puzzle("heldout", index) for index in range(10_000, 10_120)]
