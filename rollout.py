@@ -382,6 +382,7 @@ def sample_groups(
 
 @contextlib.contextmanager
 def in_eval_mode(model):
+    """The model in eval mode; afterwards in the mode that it was in."""
     training = model.training
     model.eval()
     try:
@@ -432,8 +433,7 @@ def reward(response: str, correct: bool, format_weight: float = 0.0, think: bool
 
     Paper, table 3: format_weight 0.1. What is well-formed is ours: a non-empty \\boxed{}. think:
     besides, it stands behind thinking that is closed once, as EasyR1, the release's base, asks for.
-    The opening tag is not asked for, as a thinking model's template may have put it into
-    the prompt.
+    The opening tag is not asked for: a thinking model's template may have put it into the prompt.
     """
     thought, closing_tag, conclusion = response.partition("</think>")
     well_formed = extract_answer(response) is not None

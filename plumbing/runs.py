@@ -138,6 +138,7 @@ def locked(path: Path):
 
 
 def resume_command(path: Path) -> str:
+    """What the user types to go on with a run, as a shell reads it."""
     return f"python train.py --resume {shlex.quote(str(path))}"
 
 
