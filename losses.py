@@ -275,7 +275,8 @@ def scores_from_hidden(
 
     The gradient flows through log-probability and JSD to hidden and to the student's head, where
     they require it. Entropy and teacher are detached. Raises ValueError as topk_jsd does and for
-    heads of different vocabularies, TypeError for a head that is no Linear layer.
+    heads of different vocabularies or inputs of different lengths, TypeError for a head that is no
+    Linear layer.
 
     Cost: two products of each token with the student's head, for the logits and for the gradient in
     `hidden`, and one with the teacher's. Backward multiplies again only where the head is trained.
@@ -283,9 +284,11 @@ def scores_from_hidden(
     """
     _check_options(k, divergence, support)
     _check_heads(head, teacher_head)
-    device, dtype = hidden.device.type, head.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    # TRAP: a chunk is a slice, and a slice beyond the end is short or empty, not an error
+    if len({len(x) for x in (hidden, ids, teacher_hidden) if x is not None}) > 1:
+        raise ValueError(f"lengths differ: hidden {len(hidden)}, ids {len(ids)} or teacher_hidden")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     teacher = None
     if teacher_hidden is not None:
         teacher = _Model(teacher_hidden, teacher_head.weight, teacher_head.bias, dtype)
@@ -411,7 +414,7 @@ def _score_chunk(
         del q, outside
     buckets, outside, total = _bucket_logits_(p, ids, is_duplicate, temperature)
     del p
-    chunk = {"ids": ids, "entropy": _entropy(buckets, _entropy_of_rest(outside, total))}
+    chunk = {"ids": ids, "entropy": _entropy(buckets, outside, total)}
     if settings.with_grad:
         chunk["mean_rows"] = outside.div_(total).to(settings.dtype) @ student.weight
     del outside
@@ -450,15 +453,14 @@ def _softmax_outside_(logits: Tensor, ids: Tensor, temperature: float) -> tuple[
     return outside, total.clamp(min=1), (total.log() + largest).clamp(min=NEG)
 
 
-def _entropy_of_rest(outside: Tensor, total: Tensor) -> Tensor:
-    """Entropy (n, 1), in nats, of the softmax outside / total."""
-    return total.log() + torch.special.entr(outside).sum(-1, keepdim=True) / total
+def _entropy(buckets: Tensor, outside: Tensor, total: Tensor) -> Tensor:
+    """Entropy (n,), in nats: the sum over the buckets of p (entropy within the bucket - log p).
 
-
-def _entropy(buckets: Tensor, entropy_of_rest: Tensor) -> Tensor:
-    """Entropy (n,): the sum over the buckets (n, C) of p (entropy within the bucket - log p)."""
+    buckets (n, C): logits. outside, total: the softmax within the rest, see `_softmax_outside_`.
+    """
     log_p = buckets.log_softmax(-1)
-    within = F.pad(entropy_of_rest, (log_p.shape[-1] - 1, 0))  # 0 in a bucket of one token
+    within_rest = total.log() + torch.special.entr(outside).sum(-1, keepdim=True) / total
+    within = F.pad(within_rest, (log_p.shape[-1] - 1, 0))  # 0 in a bucket of one token
     return (log_p.exp() * (within - log_p)).sum(-1)
 
 

@@ -245,6 +245,24 @@ def test_bad_arguments():
         scores_from_hidden(h, torch.nn.Sequential(five), ids)
 
 
+@pytest.mark.parametrize("lengths", [(4, 6, 4), (4, 2, 4), (4, 4, 6), (4, 4, 2), (6, 4, None)])
+def test_inputs_of_different_lengths(lengths):
+    """Each pair differs by whole chunks of 2, whose slices would be cut without an error."""
+    states, ids, teacher = lengths
+    head = torch.nn.Linear(3, 5)
+    teacher_states = None if teacher is None else torch.zeros(teacher, 3)
+    with pytest.raises(ValueError, match=f"lengths differ: hidden {states}, ids {ids}"):
+        scores_from_hidden(
+            torch.zeros(states, 3),
+            head,
+            torch.zeros(ids, dtype=torch.long),
+            teacher_states,
+            head,
+            logits_mb=budget(2, 5),
+            k=2,
+        )
+
+
 # ------------------------------------------------------------------------- scores_from_hidden
 def budget(chunk, vocab, bytes_each=8):
     """--logits-mb for `chunk` tokens per chunk; exact, because 2^20 is a power of two."""
