@@ -1,6 +1,6 @@
 """Make toy/base: a tiny real Qwen2-VL that has the skill but not the insight.
 
-    python toy/make_base.py    # writes toy/base, prints the accuracies; 20 minutes on 2 cores
+    python toy/make_base.py    # writes toy/base, prints the accuracies; 20 to 45 minutes on 2 cores
 
 The skill: the base reads any row or column that its own text or its prompt names, and keeps a
 running sum. It also says where the star and the ring are when it is asked. The insight that it was
