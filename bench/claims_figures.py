@@ -32,6 +32,14 @@ KIND_COLOURS = {"named": "#1f6fb4", "narrowed": "#7a8794"}
 SWEEPS = {
     "K": {"1": "K 1", "5": "K 5", "20": "PTD-PO", "all": "K full"},
     "tau": {"0.2": "tau 0.2", "0.4": "tau 0.4", "1.0": "PTD-PO"},
+    "lambda": {
+        "0:\nGRPO": "GRPO",
+        "0.1": "lambda 0.1",
+        "1": "lambda 1",
+        "3": "lambda 3",
+        "10": "PTD-PO",
+        "30": "lambda 30",
+    },
     "what the teacher reads": {
         "none:\nGRPO": "GRPO",
         "other's\nhint": "another's hint",
@@ -46,7 +54,7 @@ SWEEPS = {
 
 
 def draw(rows: list[dict], folder: Path, steps: int) -> None:
-    """claims.png: accuracy and entropy over steps. ablations.png: accuracy against K, tau, hint.
+    """claims.png: accuracy, entropy over steps. ablations.png: accuracy by K, tau, lambda, hint.
     paper-figures.png: the paper's figures 2, 3, 5 and 8."""
     plt = load_pyplot("--figures")
     held_out = held_out_rows(rows, steps)
@@ -108,8 +116,9 @@ def draw_band(axes, x, curves: list[list[float]], label: str, colour: str) -> No
 
 def draw_sweeps(plt, runs: dict[str, list[dict]]):
     """One panel per sweep: accuracy after training, each seed as a point, means as lines."""
+    widths = [len(arms) for arms in SWEEPS.values()]
     figure, panels = plt.subplots(
-        1, 3, figsize=(11, 3.2), layout="constrained", sharey=True, width_ratios=(4, 2, 6)
+        1, len(SWEEPS), figsize=(13, 3.2), layout="constrained", sharey=True, width_ratios=widths
     )
     for axes, (label, arms) in zip(panels, SWEEPS.items(), strict=True):
         points = {name: runs[arm] for name, arm in arms.items() if runs[arm]}
@@ -135,7 +144,7 @@ def draw_points(axes, values: list[list[float]], kind: str) -> None:
         label=kind,
         marker="_",
         markersize=14,
-        linewidth=0 if len(values) > 4 else 1,
+        linewidth=0 if len(values) > 6 else 1,
     )
 
 
