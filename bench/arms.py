@@ -345,6 +345,7 @@ ABLATIONS = {
     "DAPO": Arm("--recipe dapo"),
     "GSPO": Arm("--recipe gspo"),
     "GRPO, KL penalty off where responses failed": Arm("--lam 0", no_kl_where_responses_failed),
+    "GRPO, 240 steps": Arm("--lam 0 --steps 240"),
     "GRPO, DAPO": Arm("--recipe dapo --lam 0"),
     "GRPO, GSPO": Arm("--recipe gspo --lam 0"),
 }

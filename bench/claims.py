@@ -234,7 +234,7 @@ def one_run(job: dict) -> dict:
     final["hinted"] = [100 * row["eval_hinted"] for row in (before, logged[-1])]
     names = ("entropy", "length", "all_failed", "informative", "all_correct", "accuracy", "tutored")
     clipped = [row["grad_norm"] > config["grad_clip"] for row in logged]
-    evaluated_after = range(0, job["steps"] + 1, EVERY)
+    evaluated_after = range(0, config["steps"] + 1, EVERY)  # an arm can have more than the job
     return {
         **job,
         "options": arm.options,

@@ -195,6 +195,13 @@ STATEMENTS = (
         "PTD-PO",
         "released formula",
     ),
+    Statement(
+        "PTD-PO's gain is not speed alone: GRPO has twice the steps",
+        "ours",
+        "none",
+        "PTD-PO",
+        "GRPO, 240 steps",
+    ),
     Statement("The hint must be the question's own", "2.3", "none", "PTD-PO", "another's hint"),
     Statement(
         "An expert's hints are better than the model's own",
