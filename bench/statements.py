@@ -63,7 +63,7 @@ STATEMENTS = (
         "tutoring alone",
     ),
     Statement(
-        "The same, where the hint leaves two lines open",
+        "The same, where the hint leaves two rows open",
         "Eq. 12, D.1",
         "none",
         "PTD-PO",
@@ -88,7 +88,7 @@ STATEMENTS = (
         "all responses",
     ),
     Statement(
-        "The same, where the hint leaves two lines open",
+        "The same, where the hint leaves two rows open",
         "table 2, Eq. 76-78",
         "none",
         "PTD-PO",
