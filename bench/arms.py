@@ -346,6 +346,7 @@ ABLATIONS = {
     "GSPO": Arm("--recipe gspo"),
     "GRPO, KL penalty off where responses failed": Arm("--lam 0", no_kl_where_responses_failed),
     "GRPO, 240 steps": Arm("--lam 0 --steps 240"),
+    "GRPO, rate 1e-4": Arm("--lam 0 --lr 1e-4"),
     "GRPO, DAPO": Arm("--recipe dapo --lam 0"),
     "GRPO, GSPO": Arm("--recipe gspo --lam 0"),
 }
