@@ -293,9 +293,9 @@ def finished_rows(inputs: Inputs, config: TrainConfig) -> dict[str, dict]:
         q.id: [q.text, q.answer, asdict(q.hint) if q.hint else None]
         for q in questions_of(inputs, config)
     }
+    asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
     for name, row in rows.items():
-        now = json.loads(json.dumps(asked.get(name)))  # tuples become lists, as in the file
-        if [row["question"], row["answer"], row["hint"]] != now:
+        if [row["question"], row["answer"], row["hint"]] != asked.get(name):
             raise ValueError(
                 f"--resume: question {name} of {path} is not in the data any more, or has another "
                 "text, answer or hint: start a new study"

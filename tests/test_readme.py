@@ -143,7 +143,7 @@ def slow_where_it_is(command):
     return pytest.param(command, marks=pytest.mark.slow) if "slow_motion" in command else command
 
 
-@pytest.mark.parametrize("command", map(slow_where_it_is, COMMANDS))
+@pytest.mark.parametrize("command", [slow_where_it_is(command) for command in COMMANDS])
 def test_command(command, place, serve, capsys):  # noqa: F811
     if command == "ruff check . && ruff format --check .":
         return  # CI's, and not in requirements.txt
@@ -188,6 +188,11 @@ def test_python_blocks_compile(page):
     for language, body in FENCE.findall(read(page)):
         if language == "python":
             compile(body, page.name, "exec")
+
+
+def test_the_torch_for_the_cpu_is_one_that_the_requirements_allow():
+    [cap] = re.findall(r"^torch\b.*<([\d.]+)", read(ROOT / "requirements.txt"), re.M)
+    assert f'"torch<{cap}" --index-url https://download.pytorch.org/whl/cpu' in read(PAGES[0])
 
 
 # --------------------------------------------------------------------------------------- links
